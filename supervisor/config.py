@@ -1,0 +1,92 @@
+"""What `agent.toml` may say, as frozen structs; the reading of it is in `supervisor.configfile`.
+
+The field names are the file's keys. Durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+
+class Agent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[agent]`: this agent on this machine."""
+
+    name: str
+    state_dir: Path
+    log_dir: Path
+    limit: int | None = None  # how many flow runs at once; None: no limit of ours
+    prefetch_seconds: float = 10.0  # how long before it is due a run is taken
+    log_level: str = "info"
+
+
+class Api(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[api]`: the Prefect server. Secrets are named by file, never held here."""
+
+    url: str
+    api_key_file: Path | None = None
+    auth_string_file: Path | None = None
+    ca_file: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    verify: bool = True
+    timeout_seconds: float = 30.0
+    headers: Mapping[str, str] = {}
+
+
+class Poll(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[poll]`: how often the server is asked."""
+
+    interval_seconds: float = 5.0
+    cancel_interval_seconds: float = 5.0
+    heartbeat_seconds: float = 30.0
+    jitter: float = 0.3  # each wait is multiplied by 1 ± jitter
+    max_backoff_seconds: float = 60.0
+
+
+class Flows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[flows]`: how flow runs are started and ended. Every value may be overridden in a `[[work]]` table."""
+
+    python: Path
+    working_dir: Path | None = None  # None: a private directory for each run, removed afterwards
+    env: Mapping[str, str] = {}
+    pass_env: tuple[str, ...] = ()
+    grace_seconds: float = 30.0
+    timeout_seconds: float | None = None
+    command: tuple[str, ...] | None = None
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `[[work]]` table: a pool (with queues or match), or queues, or match, or deployments."""
+
+    flows: Flows  # [flows] with this table's own values already merged in
+    pool: str | None = None
+    queues: tuple[str, ...] = ()
+    match: tuple[str, ...] = ()
+    deployments: tuple[str, ...] = ()
+    limit: int | None = None  # of this table, within agent.limit
+    create: bool = True  # make a missing pool or queue; what is only matched is never made
+    tags: tuple[str, ...] = ()  # the deprecated --tag only: its queue gets the legacy tag filter
+
+    def __str__(self) -> str:
+        if self.pool is not None:
+            inside = [*self.queues, *(f"{prefix}*" for prefix in self.match)]
+            return f"pool '{self.pool}'" + (f" ({', '.join(inside)})" if inside else "")
+        if self.deployments:
+            return f"deployments {', '.join(self.deployments)}"
+        if self.match:
+            return f"queues {', '.join(f'{prefix}*' for prefix in self.match)}"
+        return ("queue " if len(self.queues) == 1 else "queues ") + ", ".join(f"'{name}'" for name in self.queues)
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration, complete: every default filled in, every path absolute."""
+
+    agent: Agent
+    api: Api
+    poll: Poll
+    flows: Flows
+    work: tuple[Work, ...]
+    path: Path | None = None  # the file it came from, if any
