@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -90,3 +91,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     flows: Flows
     work: tuple[Work, ...]
     path: Path | None = None  # the file it came from, if any
+
+
+class Credentials(msgspec.Struct, frozen=True, kw_only=True):
+    """What we show the server to be let in, read by `supervisor.configfile.credentials`. Never shows itself."""
+
+    api_key: str | None = None  # sent as a bearer token
+    auth_string: str | None = None  # "user:password", sent as HTTP basic
+
+    def __repr__(self) -> str:
+        held = [name for name in ("api_key", "auth_string") if getattr(self, name) is not None]
+        return f"Credentials({', '.join(held) or 'none'})"
+
+    __str__ = __repr__
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec gives every struct one that shows all
+        return []

@@ -215,7 +215,7 @@ def decide(
     match run.state:
         case State(type=StateType.CANCELLING) | State(type=StateType.CANCELLED, name="Cancelling"):
             return _cancelled(why or run.state.message or "Cancelled on request.")
-        case State(type=StateType.CANCELLED):
+        case State(type=StateType.CANCELLED) if stopped in (None, StopReason.CANCEL):
             return Done(Outcome.CANCELLED)
         case State(type=StateType.CRASHED) if stopped is not None:
             # Our own signal made an engine without a control channel call it a crash.
@@ -254,6 +254,10 @@ def _left_open(how: Exit | None, run: FlowRun, starts: int) -> Decision:
     return Report(type=StateType.CRASHED, message=said, outcome=Outcome.CRASHED, show_output=True)
 
 
+# The engine has run on_cancellation, or took our signal for a crash and has run on_crashed.
+_SEEN_BY_ENGINE = frozenset({StateType.CANCELLED, StateType.CRASHED})
+
+
 def hook_owed(
     decision: Decision, run: FlowRun | None, how: Exit | None, *, stopped: StopReason | None, by_engine: bool
 ) -> Hook | None:
@@ -266,8 +270,8 @@ def hook_owed(
     if how is None or run is None or run.state_type is None:
         return None  # nothing of the user's was ever started, or nobody is left to tell
     match decision:
-        case Report(type=StateType.CANCELLED) if run.state_type is StateType.CRASHED and by_engine:
-            return None  # the engine took our signal for a crash and has run on_crashed
+        case Report(type=StateType.CANCELLED) if by_engine and run.state_type in _SEEN_BY_ENGINE:
+            return None
         case Report(type=StateType.CANCELLED):
             return Hook.CANCELLATION
         case Done(outcome=Outcome.CANCELLED) if stopped is not None and not by_engine:

@@ -18,7 +18,10 @@ class Backend(Protocol):
     """One server. All times are UTC."""
 
     async def hello(self) -> Server:
-        """Who answers there. Also settles which dialect the other methods speak; they call it when nobody has yet."""
+        """Who answers there, asked anew."""
+
+    async def generation(self) -> int:
+        """2 or 3: the major version of the server, asked for once."""
 
     # --- where work comes from -------------------------------------------------------------------------------------
 
@@ -103,7 +106,7 @@ class Backend(Protocol):
         event: str,
         *,
         resource: Mapping[str, str],
-        related: Sequence[Mapping[str, str]],
-        payload: Mapping[str, Any],
-    ) -> None:
-        """Sends one event, where the server takes events; elsewhere does nothing."""
+        related: Sequence[Mapping[str, str]] = (),
+        follows: str | None = None,
+    ) -> str | None:
+        """Sends one event and returns its id, where the server takes events; elsewhere does nothing and returns None."""

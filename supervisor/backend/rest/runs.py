@@ -1,0 +1,71 @@
+"""One run at a time: reading it, proposing states for it, and what is noted on its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from supervisor.backend.rest.api import Api
+from supervisor.backend.rest.wire import PAGE, WireRun, WireVerdict, clean, decode, segment
+from supervisor.errors import NotFound
+from supervisor.model import FlowRun, Proposal, State, StateType, Verdict
+
+CANCELLING = "Cancelling"  # the name of both forms
+
+
+async def read_run(api: Api, run_id: str) -> FlowRun:
+    return decode(WireRun, await api.get(f"/flow_runs/{segment(run_id)}"), "a flow run").model()
+
+
+async def propose(api: Api, run_id: str, proposal: Proposal) -> Verdict:
+    state: dict[str, Any] = {"type": proposal.type, "state_details": {"transition_id": proposal.transition_id}}
+    if proposal.name is not None:
+        state["name"] = proposal.name
+    if proposal.message is not None:
+        state["message"] = clean(proposal.message)
+    answer = await api.post(f"/flow_runs/{segment(run_id)}/set_state", {"state": state, "force": proposal.force})
+    return decode(WireVerdict, answer, "the answer to a proposal").model()
+
+
+async def patch_infrastructure(api: Api, run_id: str, pid: str) -> None:
+    await api.patch(f"/flow_runs/{segment(run_id)}", {"infrastructure_pid": pid})
+
+
+async def label_run(api: Api, run_id: str, labels: Mapping[str, str]) -> None:
+    try:
+        await api.patch(f"/flow_runs/{segment(run_id)}/labels", dict(labels))
+    except NotFound:
+        # The first 3.x have no such route; and where the run was deleted, calls that matter say so.
+        return
+
+
+async def renew_lease(api: Api, lease_id: str, seconds: float) -> None:
+    # The server takes a minute up to a day.
+    duration = min(max(seconds, 60.0), 86400.0)
+    await api.post(f"/v2/concurrency_limits/leases/{segment(lease_id)}/renew", {"lease_duration": duration})
+
+
+async def cancelling(api: Api, run_ids: Sequence[str]) -> dict[str, State]:
+    found: dict[str, State] = {}
+    for ids in _chunks(run_ids):
+        body = {
+            "flow_runs": {
+                "id": {"any_": ids},
+                # Either condition: today's type, or the name, under which Prefect 2 kept an older form of the wish.
+                "state": {"operator": "or_", "type": {"any_": [StateType.CANCELLING]}, "name": {"any_": [CANCELLING]}},
+            },
+            "limit": PAGE,
+        }
+        for run in decode(list[WireRun], await api.post("/flow_runs/filter", body), "the runs being cancelled"):
+            state = None if run.state is None else run.state.model()
+            if state is not None and _wants_cancel(state):
+                found[run.id] = state
+    return found
+
+
+def _wants_cancel(state: State) -> bool:
+    return state.type is StateType.CANCELLING or (state.type is StateType.CANCELLED and state.name == CANCELLING)
+
+
+def _chunks(ids: Sequence[str]) -> Iterable[list[str]]:
+    return (list(ids[start : start + PAGE]) for start in range(0, len(ids), PAGE))

@@ -1,0 +1,71 @@
+"""`flow-agent check`: whether the configuration can be used and, with `--server`, whether the server agrees."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from supervisor.cli.survey import Row
+    from supervisor.config import Config
+
+EX_CONFIG = 78
+
+
+def check(
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The configuration. [default: /etc/flow-agent/agent.toml, if it is there]"),
+    ] = None,
+    server: Annotated[
+        bool, typer.Option("--server", help="Also ask the server and the flows' Python. Changes nothing there.")
+    ] = False,
+    api: Annotated[str | None, typer.Option(metavar="URL", help="Another Prefect server than the configured.")] = None,
+) -> None:
+    """Check the configuration.
+
+    With --server, also what it names: the pools, queues and deployments there, and the flows' Python here.
+
+    Exits 0 when all of it can be used, 78 when the configuration has mistakes, 1 when server or interpreter have.
+    """
+    from supervisor.configfile import load, warnings
+    from supervisor.errors import ConfigError
+
+    try:
+        loaded = load(config, environ=os.environ, flags={"api.url": api})
+        typer.echo(f"{loaded.path or 'configuration without a file'}: ok")
+        for warning in warnings(loaded):
+            typer.echo(f"warning: {warning}")
+        if not server:
+            return
+        rows = _ask(loaded)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    typer.echo("\n" + table(rows))
+    raise typer.Exit(0 if all(row.usable for row in rows) else 1)
+
+
+def _ask(config: Config) -> list[Row]:
+    import trio
+
+    from supervisor.app import connect
+    from supervisor.cli.survey import survey
+    from supervisor.configfile import credentials
+    from supervisor.process.interpreter import inspect
+
+    async def main() -> list[Row]:
+        async with connect(config) as backend:
+            return await survey(config, backend, inspect=inspect, secrets=credentials(config.api, os.environ))
+
+    return trio.run(main)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows under their headings, aligned."""
+    lines = [("WHAT", "FOUND", "VERDICT"), *((row.what, row.found, row.verdict) for row in rows)]
+    first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
+    return "\n".join(f"{what:<{first}}  {found:<{second}}  {verdict}".rstrip() for what, found, verdict in lines)

@@ -1,0 +1,139 @@
+"""Starts a run's process, so that it needs nothing of us afterwards: it outlives an agent that dies or is upgraded.
+
+Own session, no input, output straight into a file (never a pipe: a flow whose reader is gone crashes at its next
+print), no descriptor of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from supervisor.errors import JobError
+from supervisor.lifecycle import Exit, ProcessRef
+from supervisor.process.ref import identify
+
+log = logging.getLogger(__name__)
+
+
+class Child:
+    """A process we have started. It lives on when this object goes; ending it is `supervisor.process.stop`'s."""
+
+    def __init__(self, process: trio.Process, ref: ProcessRef) -> None:
+        self._process = process
+        self.ref = ref
+
+    def __repr__(self) -> str:
+        return f"<Child {self.ref.pid}>"
+
+    async def wait(self) -> Exit:
+        """How it ended, as soon as it has. Any number of tasks may wait, and waiting can be given up."""
+        return Exit.from_returncode(await self._process.wait())
+
+
+async def launch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Path) -> Child:
+    """Start `argv` in its own session, with exactly `env`; what it prints is appended to the file `output`.
+
+    A program without a slash is looked up in the PATH of `env`. Raises `JobError` when it cannot be started.
+    """
+    if not argv:
+        raise JobError("cannot start the run: its command is empty")
+    descriptor = _open_output(output)
+    try:
+        process = await trio.lowlevel.open_process(
+            [*argv],
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            env=dict(env),
+            cwd=os.fspath(cwd),
+            start_new_session=True,
+        )
+    except OSError as error:
+        # subprocess names the folder when it was the change into it that failed.
+        where = f" in '{cwd}'" if error.filename == os.fspath(cwd) else ""
+        raise JobError(f"cannot start '{argv[0]}'{where}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in an argument or value, '=' in a name: what the job says, not a bug of ours
+        raise JobError(f"cannot start '{argv[0]}': {error} in its arguments or variables") from error
+    finally:
+        os.close(descriptor)
+    ref = identify(process.pid)
+    if ref is None:  # even one that ended at once is there as a zombie until `wait` has fetched its status
+        raise RuntimeError(f"internal error: the process {process.pid} that was just started is not in /proc")
+    return Child(process, ref)
+
+
+def _open_output(output: Path) -> int:
+    """Append only: the rerun of a run goes on in the same file, and nobody's write can destroy another's."""
+    try:
+        return os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except OSError as error:
+        raise JobError(f"cannot write the run's output to '{output}': {error.strerror or error}") from error
+
+
+def private_directory(parent: Path, run_id: str) -> Path:
+    """The run's own folder in `parent`, which only this user can enter; made when it is missing. Raises `JobError`.
+
+    The same for every process of the run: its engine, started once more or not, and its hooks.
+    """
+    directory = parent / run_id
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise JobError(f"cannot use the working directory '{directory}': it is a link or another user's; remove it")
+        directory.chmod(0o700)
+    except OSError as error:
+        raise JobError(f"cannot make the working directory '{directory}': {error.strerror or error}") from error
+    return directory
+
+
+async def remove_directory(path: Path) -> None:
+    """Remove the folder with all that is in it; it may be gone already. Symbolic links are removed, not followed.
+
+    What cannot be removed is logged and left: the run has ended, whatever its folder holds.
+    """
+    await trio.to_thread.run_sync(partial(_remove, path))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if not os.path.lexists(path):
+        return
+    try:
+        _open_up(path)  # a flow may have made folders that not even their owner can write
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("cannot remove the working directory '%s': %s", path, error.strerror or error)
+
+
+def _open_up(top: Path) -> None:
+    _let_owner_in(top)
+    for folder, names, _ in os.walk(top):  # top down: a folder is opened before it is listed
+        for name in names:
+            _let_owner_in(Path(folder, name))
+
+
+def _let_owner_in(folder: Path) -> None:
+    # lchmod does not exist on Linux; a handle that refuses links does the same without a race.
+    try:
+        handle = os.open(folder, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return  # a link, or gone
+    try:
+        Path(f"/proc/self/fd/{handle}").chmod(stat.S_IRWXU)
+    finally:
+        os.close(handle)

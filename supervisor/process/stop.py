@@ -1,0 +1,257 @@
+"""Ends runs. The only module that sends signals.
+
+A run's processes are found in three ways, because each alone has a hole: by session and process group (a child may
+leave them), by descent (the tree breaks when a parent dies), and by the run's mark in the environment (a program may
+have been started without). Whoever is found is held by a pidfd and looked at again before it is signalled: a pid alone
+may be somebody else's by then.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import trio
+
+from supervisor.lifecycle import ProcessRef
+from supervisor.process.environ import MARK
+from supervisor.process.ref import Stat, alive, boot_id, read_stat, same
+
+log = logging.getLogger(__name__)
+
+LEFTOVER_GRACE = 5.0  # seconds for what a finished run left behind: its work is done, it only has to go
+_SETTLE = 0.05  # seconds; the shortest pause between two looks where nothing wakes us
+_PATIENCE = 5.0  # seconds; the longest pause while something does not die of SIGKILL
+_WATCHED = 64  # how many ends are awaited at once: a run with thousands of processes must not eat our descriptors
+_NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EMFILE, errno.ENFILE})
+
+
+# --- who belongs to a run -------------------------------------------------------------------------------------------
+
+
+async def members(ref: ProcessRef | None, run_id: str) -> list[psutil.Process]:
+    """Every living process of the run: of the session or group that `ref` leads, descended from it, or marked."""
+    found = []
+    for member in await trio.to_thread.run_sync(_sweep, ref, run_id):
+        try:
+            found.append(psutil.Process(member.pid))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _sweep(ref: ProcessRef | None, run_id: str) -> list[Stat]:
+    """One look at all of /proc. Zombies are left out, and so is this process."""
+    table = {pid: stat for pid in psutil.pids() if (stat := read_stat(pid)) is not None and stat.living}
+    table.pop(os.getpid(), None)
+    mark = f"{MARK}={run_id}".encode()
+    ours = {pid for pid, stat in table.items() if _led_by(ref, stat) or _marked(pid, mark)}
+    children: dict[int, list[int]] = {}
+    for stat in table.values():
+        children.setdefault(stat.parent, []).append(stat.pid)
+    todo = list(ours)
+    while todo:
+        new = [pid for pid in children.get(todo.pop(), ()) if pid not in ours]
+        ours.update(new)
+        todo.extend(new)
+    return [table[pid] for pid in sorted(ours)]
+
+
+def _led_by(ref: ProcessRef | None, stat: Stat) -> bool:
+    if ref is None or ref.boot_id != boot_id() or ref.pid not in (stat.pid, stat.group, stat.session):
+        return False
+    leader = read_stat(ref.pid)
+    # The kernel gives the number of a group or session to nobody else while a member lives; so when the number has a
+    # new owner, the group is the new owner's, too.
+    return leader is None or leader.start_ticks == ref.start_ticks
+
+
+def _marked(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # gone, or another user's and so not started by us
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def interrupt_group(ref: ProcessRef, signum: int = signal.SIGTERM) -> bool:
+    """Send the signal to all of the process group that `ref` leads, at one stroke.
+
+    False when nothing was sent: the leader is gone or the number is another's by now. A leader that nobody has waited
+    for yet still counts.
+    """
+    if same(ref) is None or ref.pid == os.getpgrp():
+        return False
+    try:
+        os.killpg(ref.pid, signum)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _send(ref: ProcessRef, signum: int) -> bool:
+    """Send the signal to that very process. False when it is gone or not ours to signal."""
+    try:
+        with _held(ref) as pidfd:
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, signum)
+            elif alive(ref):
+                os.kill(ref.pid, signum)
+            else:
+                return False
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+@contextmanager
+def _held(ref: ProcessRef) -> Iterator[int | None]:
+    """A pidfd of that very process; None where the kernel gives none. Raises `ProcessLookupError` when it is gone."""
+    try:
+        pidfd = os.pidfd_open(ref.pid)
+    except AttributeError:  # a Python built for kernels before 5.3
+        yield None
+        return
+    except OSError as error:
+        if error.errno not in _NO_PIDFD:
+            raise
+        yield None
+        return
+    try:
+        if not alive(ref):  # asked after the handle was opened: now the answer holds for what the handle holds
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+# --- ending ---------------------------------------------------------------------------------------------------------
+
+
+async def end(ref: ProcessRef | None, run_id: str, *, grace: float) -> int:
+    """End every process of the run and return when none lives: how many had to be killed.
+
+    SIGTERM to all of them, up to `grace` seconds for them to go, then SIGKILL until two looks in a row find nobody.
+    A process that not even SIGKILL ends (waiting for a dead disk or file server) is waited for, however long: nobody
+    may say that a run has ended while a process of it lives. Give up by cancelling.
+    """
+    if await _ask_to_go(ref, run_id, grace):
+        return 0
+    return await _kill(ref, run_id)
+
+
+async def end_leftovers(run_id: str, ref: ProcessRef | None, *, grace: float = LEFTOVER_GRACE) -> int:
+    """End what a run has left behind after its own process has ended: how many processes there were."""
+    left = await _look(ref, run_id)
+    if left:
+        names = ", ".join(sorted({_name(stat.pid) for stat in left}))
+        log.info("ending %d process(es) that the run left behind: %s", len(left), names, extra={"run_id": run_id})
+    await end(ref, run_id, grace=grace)
+    return len(left)
+
+
+async def wait_gone(refs: Iterable[ProcessRef], timeout: float) -> bool:  # noqa: ASYNC109 - bounds the waiting
+    """Wait until none of these processes lives, at most `timeout` seconds: whether that came about."""
+    refs = list(refs)
+    with trio.move_on_after(timeout):
+        while refs:
+            await _wait_some(refs[:_WATCHED])
+            refs = [ref for ref in refs if alive(ref)]
+    return not any(alive(ref) for ref in refs)
+
+
+async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float) -> bool:
+    """SIGTERM to all, also to those that turn up meanwhile, each once. Whether all were gone within `grace` seconds."""
+    deadline = trio.current_time() + grace
+    asked: set[ProcessRef] = set()
+    while True:
+        living = await _look(ref, run_id)
+        if not living:
+            return True
+        new = [stat for stat in living if _ref(stat) not in asked]
+        by_group = bool(new) and not asked and ref is not None and interrupt_group(ref)
+        for stat in new:
+            if not (by_group and ref is not None and stat.group == ref.pid):
+                _send(_ref(stat), signal.SIGTERM)
+            if stat.state == "T":
+                _send(_ref(stat), signal.SIGCONT)  # a stopped process takes no signal but this and SIGKILL
+            asked.add(_ref(stat))
+        left = deadline - trio.current_time()
+        if left <= 0:
+            return False
+        await wait_gone([_ref(stat) for stat in living], left)
+
+
+async def _kill(ref: ProcessRef | None, run_id: str) -> int:
+    killed: set[ProcessRef] = set()
+    pause = _SETTLE
+    said = False
+    while living := await _look(ref, run_id):
+        if ref is not None:
+            interrupt_group(ref, signal.SIGKILL)  # first all at one stroke: nobody can fork away from under it
+        refs = [_ref(stat) for stat in living]
+        for member in refs:
+            _send(member, signal.SIGKILL)
+        again = killed.issuperset(refs)
+        killed.update(refs)
+        if await wait_gone(refs, pause) or not again:
+            continue
+        if not said and pause >= 1.0:
+            said = True
+            stuck = ", ".join(f"{stat.pid} ({_name(stat.pid)}, state {stat.state})" for stat in living)
+            log.error(
+                "cannot end process %s: it does not react to SIGKILL or is another user's; waiting",
+                stuck,
+                extra={"run_id": run_id},
+            )
+        pause = min(pause * 2, _PATIENCE)
+    return len(killed)
+
+
+async def _look(ref: ProcessRef | None, run_id: str) -> Sequence[Stat]:
+    """The run's living processes. Nobody is there only when two looks in a row find nobody.
+
+    A look takes a few milliseconds; a process that forks and exits meanwhile can have its child at a place already
+    passed, once. Not cancelled halfway: the thread is never left behind.
+    """
+    for _ in range(2):
+        if found := await trio.to_thread.run_sync(_sweep, ref, run_id):
+            return found
+    return ()
+
+
+async def _wait_some(refs: Sequence[ProcessRef]) -> None:
+    """Return when all of these have ended; or soon, where the kernel cannot wake us."""
+    with ExitStack() as stack:
+        pidfds = []
+        for ref in refs:
+            try:
+                pidfd = stack.enter_context(_held(ref))
+            except (ProcessLookupError, PermissionError):
+                continue
+            if pidfd is None:
+                await trio.sleep(_SETTLE)
+                return
+            pidfds.append(pidfd)
+        for pidfd in pidfds:  # one after the other is as good: the last one decides
+            await trio.lowlevel.wait_readable(pidfd)
+    await trio.lowlevel.checkpoint()
+
+
+def _ref(stat: Stat) -> ProcessRef:
+    return ProcessRef(pid=stat.pid, start_ticks=stat.start_ticks, boot_id=boot_id())
+
+
+def _name(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).name())
+    except psutil.Error:
+        return "gone"

@@ -1,0 +1,1 @@
+"""HEART: the loops that find work and cancellations, and the life of each run."""

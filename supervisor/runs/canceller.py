@@ -1,0 +1,60 @@
+"""The loop that finds out which of our runs somebody asked to cancel."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from supervisor.backend.base import Backend
+from supervisor.config import Poll
+from supervisor.errors import BackendError
+from supervisor.lifecycle import StopReason
+from supervisor.runs.backoff import Backoff
+from supervisor.runs.health import ServerHealth
+from supervisor.runs.roster import Roster
+from supervisor.systemd.watchdog import Pulse
+
+_log = logging.getLogger("flow-agent")
+
+
+class Canceller:
+    """Polls for cancellations of the runs in the roster, and of suspended ones that were ours."""
+
+    def __init__(
+        self, backend: Backend, roster: Roster, health: ServerHealth, pulse: Pulse, *, poll: Poll, turn_seconds: float
+    ) -> None:
+        self._backend = backend
+        self._roster = roster
+        self._health = health
+        self._pulse = pulse
+        self._turn_seconds = turn_seconds
+        self._backoff = Backoff(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+
+    async def run(self) -> None:
+        """Polls until cancelled. Costs no request while there is nothing to cancel."""
+        while True:
+            self._pulse.expect(self._turn_seconds)
+            await self._look()
+            delay = self._backoff.delay()
+            self._pulse.expect(delay + self._turn_seconds)
+            await trio.sleep(delay)
+
+    async def _look(self) -> None:
+        ids = self._roster.cancellable()
+        if not ids:
+            return
+        try:
+            found = await self._backend.cancelling(ids)
+        except BackendError as error:
+            self._health.failed(error)
+            self._backoff.failed(error)
+            return
+        self._health.answered()
+        self._backoff.succeeded()
+        for run_id, state in found.items():
+            run = self._roster.get(run_id)
+            if run is not None:
+                run.ask_to_stop(StopReason.CANCEL, state.message or "Cancelled on request.")
+            else:
+                self._roster.cancel_suspended(run_id)

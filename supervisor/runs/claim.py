@@ -1,0 +1,104 @@
+"""Asking the server for a run, so that it is certain afterwards whether we have it.
+
+The server has no compare-and-set, and a claim is accepted even for a run that somebody else has finished meanwhile
+(reference 1.4). So: re-read the run just before, require the very state that was offered, and after an answer was lost read again
+before asking again. The transition id makes our own claim recognisable.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import trio
+
+from supervisor.backend.base import Backend
+from supervisor.errors import BackendError, NotFound
+from supervisor.model import Answer, FlowRun, Proposal, State, StateType, Verdict
+from supervisor.runs.health import ServerHealth
+from supervisor.runs.patience import Patience
+
+
+class NotOurs(msgspec.Struct, frozen=True, kw_only=True):
+    """The run is not ours to execute."""
+
+    reason: str
+    deployment_full: bool = False  # its deployment's concurrency limit is reached
+    expected: bool = False  # everyday life, such as another agent being faster: not worth a line above debug
+
+
+class Ours(msgspec.Struct, frozen=True):
+    """The run is PENDING and waits for us."""
+
+    state: State | None
+
+
+async def claim(
+    backend: Backend, offer: FlowRun, transition_id: str, *, patience: Patience, health: ServerHealth
+) -> Ours | NotOurs:
+    """Claims the offered run. Returns once it is certain; until then it holds on through any outage."""
+    backoff = patience.backoff()
+    in_doubt = False  # a claim of ours may have been stored without our having heard so
+    while True:
+        try:
+            settled = await _turn(backend, offer, transition_id, in_doubt=in_doubt)
+        except NotFound:
+            health.answered()
+            return NotOurs(reason="it has been deleted", expected=True)
+        except _InDoubt as doubt:
+            health.failed(doubt.error)
+            in_doubt = True
+            error = doubt.error
+        except BackendError as failure:
+            health.failed(failure)
+            if not in_doubt:
+                return NotOurs(reason=f"the server did not take the claim: {failure}")
+            error = failure
+        else:
+            health.answered()
+            return settled
+        backoff.failed(error)
+        await trio.sleep(backoff.delay())
+
+
+class _InDoubt(Exception):
+    """The claim went out and its answer did not come back."""
+
+    def __init__(self, error: BackendError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doubt: bool) -> Ours | NotOurs:
+    run = await backend.read_run(offer.id)
+    if in_doubt and run.state is not None and run.state.transition_id == transition_id:
+        if run.state.type is StateType.PENDING:
+            return Ours(run.state)
+        return NotOurs(reason=f"it became {run.state.name} while its claim was in doubt")
+    if run.state_id != offer.state_id:
+        return NotOurs(reason=f"it is {run.state_name} by now", expected=True)
+    if run.retry_in_process:
+        return NotOurs(reason="its own process is waiting to retry it", expected=True)
+    try:
+        verdict = await backend.propose(offer.id, Proposal(type=StateType.PENDING, transition_id=transition_id))
+    except BackendError as error:
+        if error.ambiguous:
+            raise _InDoubt(error) from error
+        raise
+    return judge(verdict, transition_id)
+
+
+def judge(verdict: Verdict, transition_id: str) -> Ours | NotOurs:
+    """What the server's answer to a claim means."""
+    state = verdict.state
+    pending = state is None or state.type is StateType.PENDING
+    if verdict.answer is Answer.ACCEPT and pending:
+        return Ours(state)
+    if verdict.answer is Answer.REJECT and state is not None and pending and state.transition_id == transition_id:
+        return Ours(state)  # "already made this transition": the answer to an earlier try of ours was lost
+    why = verdict.reason or f"the server answered {verdict.answer.value}"
+    if state is not None and state.name == "AwaitingConcurrencySlot":
+        return NotOurs(reason=why, deployment_full=True)
+    if verdict.answer is Answer.ABORT:
+        return NotOurs(reason=why, expected="PENDING" in why)
+    if state is not None and state.type is not StateType.PENDING:
+        why = f"{why} (it is {state.name})"
+    return NotOurs(reason=why)

@@ -1,0 +1,82 @@
+"""The loop that tells each work pool that this worker lives, and the good-bye when it stops."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import trio
+
+from supervisor.backend.base import Backend
+from supervisor.config import Poll
+from supervisor.errors import BackendError, NotFound
+from supervisor.model import Pool
+from supervisor.runs.backoff import Backoff
+from supervisor.runs.health import ServerHealth
+from supervisor.runs.sources import Source
+from supervisor.runs.teller import Teller
+
+SIGN_OFF_SECONDS = 5.0  # the longest that saying good-bye may delay the agent's end
+
+_log = logging.getLogger("flow-agent")
+
+
+class Heartbeat:
+    """Speaks for the agent as a worker of the pools it serves. Owns which pools have heard that it started."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        sources: Sequence[Source],
+        teller: Teller,
+        health: ServerHealth,
+        *,
+        worker: str,
+        poll: Poll,
+    ) -> None:
+        self._backend = backend
+        self._sources = sources
+        self._teller = teller
+        self._health = health
+        self._worker = worker
+        self._interval = poll.heartbeat_seconds
+        self._backoff = Backoff(poll.heartbeat_seconds, cap=poll.max_backoff_seconds, jitter=0.0)
+        self._known: dict[str, str | None] = {}  # pool name -> the event that said we started
+
+    def _pools(self) -> list[Pool]:
+        return list({source.pool.name: source.pool for source in self._sources if source.pool is not None}.values())
+
+    async def run(self) -> None:
+        """Beats until cancelled; goes on while the agent drains, so that the pool stays ready to be told of its runs."""
+        while True:
+            pools = self._pools()
+            for pool in pools:
+                await self._beat(pool)
+            # A pool is known only after its first poll: look again soon, not a whole interval later.
+            await trio.sleep(self._backoff.delay() if pools else min(1.0, self._interval))
+
+    async def _beat(self, pool: Pool) -> None:
+        try:
+            await self._backend.heartbeat(pool.name, self._worker, self._interval)
+        except NotFound:
+            self._known.pop(pool.name, None)  # deleted: the poller says so, and makes it again where it may
+        except BackendError as error:
+            self._health.failed(error)
+            self._backoff.failed(error)
+        else:
+            self._health.answered()
+            self._backoff.succeeded()
+            if pool.name not in self._known:
+                self._known[pool.name] = await self._teller.worker("prefect.worker.started", pool)
+
+    async def sign_off(self) -> None:
+        """Takes the worker off its pools' lists, so that nobody takes it for lost. Bounded, and silent about failures."""
+        with trio.move_on_after(SIGN_OFF_SECONDS):
+            for pool in self._pools():
+                if pool.name not in self._known:
+                    continue
+                await self._teller.worker("prefect.worker.stopped", pool, self._known[pool.name])
+                try:
+                    await self._backend.sign_off(pool.name, self._worker)
+                except BackendError as error:
+                    _log.debug("not signed off from work pool '%s': %s", pool.name, error)

@@ -1,0 +1,143 @@
+"""Where what the server says of a job meets this machine: which command, in which directory, with which environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.config import Flows
+from supervisor.errors import InterpreterError, JobError
+from supervisor.lifecycle import Hook
+from supervisor.logs import output_file
+from supervisor.model import FlowRun, Job
+from supervisor.process.channel import ControlChannel, Session
+from supervisor.process.environ import flow_environ
+from supervisor.process.hooks import run_hook
+from supervisor.process.interpreter import Interpreter, Interpreters
+from supervisor.process.launch import Child, launch, private_directory, remove_directory
+
+HOOK_SECONDS = 60.0  # the longest a flow's hooks may take when we have to run them
+
+_log = logging.getLogger("flow-agent")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A process of a run, and what is known of the engine in it. `session` is None where the engine has no channel."""
+
+    child: Child
+    session: Session | None
+    runs_own_hooks: bool
+
+
+class Launcher:
+    """Starts the processes of runs: their engines, and the helper that runs their hooks."""
+
+    def __init__(
+        self,
+        *,
+        api_url: str,
+        secrets: Callable[[], Mapping[str, str]],
+        worker: str,
+        work_dir: Path,
+        log_dir: Path,
+        interpreters: Interpreters,
+        channel: ControlChannel,
+    ) -> None:
+        self._api_url = api_url
+        self._secrets = secrets
+        self._worker = worker
+        self._work_dir = work_dir
+        self._log_dir = log_dir
+        self._interpreters = interpreters
+        self._channel = channel
+
+    def output(self, run_id: str) -> Path:
+        """The file that holds the run's output."""
+        return output_file(self._log_dir, run_id)
+
+    async def launch(self, run: FlowRun, job: Job, flows: Flows) -> Launched:
+        """Starts the run's process. Raises `JobError` or `InterpreterError` with a sentence for the run's owner."""
+        command = job.command or flows.command
+        interpreter = await self._interpreter(flows, needed=command is None)
+        argv = command or (str(flows.python), "-m", "prefect.engine")
+        session = self._channel.expect() if interpreter is None or interpreter.has_control_channel else None
+        env = self._environ(run, job, flows, interpreter, session)
+        try:
+            child = await launch(argv, env=env, cwd=self._directory(run, job, flows), output=self.output(run.id))
+        except JobError:
+            if session is not None:
+                session.close()
+            raise
+        return Launched(child, session, interpreter is None or interpreter.runs_own_hooks)
+
+    async def run_hook(self, hook: Hook, run: FlowRun, job: Job, flows: Flows) -> bool:
+        """Runs the flow's hooks of that kind in a process of their own. Returns False, having said why, when that failed."""
+        try:
+            interpreter = await self._interpreters.get(flows.python)
+            directory = self._directory(run, job, flows)
+        except (InterpreterError, JobError) as error:
+            _log.warning("cannot run the %s hooks of flow run %s: %s", hook.value, run.id, error)
+            return False
+        return await run_hook(
+            interpreter,
+            hook,
+            run_id=run.id,
+            env=self._environ(run, job, flows, interpreter, None),
+            cwd=directory,
+            output=self.output(run.id),
+            timeout=HOOK_SECONDS,
+        )
+
+    async def clean_up(self, run_id: str) -> None:
+        """Removes the run's private directory, if it had one."""
+        await remove_directory(self._work_dir / run_id)
+
+    async def _interpreter(self, flows: Flows, *, needed: bool) -> Interpreter | None:
+        """The interpreter for flows. A job with a command of its own may do without one."""
+        try:
+            return await self._interpreters.get(flows.python)
+        except InterpreterError:
+            if needed:
+                raise
+            return None
+
+    def _directory(self, run: FlowRun, job: Job, flows: Flows) -> Path:
+        if job.working_dir is None and flows.working_dir is None:
+            return private_directory(self._work_dir, run.id)
+        directory = Path(job.working_dir) if job.working_dir is not None else flows.working_dir
+        assert directory is not None
+        if not directory.is_dir():
+            raise JobError(
+                f"cannot start in the working directory '{directory}': there is no such directory on this machine"
+            )
+        return directory
+
+    def _environ(
+        self, run: FlowRun, job: Job, flows: Flows, interpreter: Interpreter | None, session: Session | None
+    ) -> dict[str, str]:
+        own_hooks = interpreter is None or interpreter.runs_own_hooks
+        extra = {
+            "PREFECT__FLOW_RUN_ID": run.id,
+            "PREFECT__FLOW_ID": run.flow_id,
+            "PREFECT__WORKER_NAME": self._worker,
+            # Older engines do not tell afterwards whether they ran their hooks, so we run them (reference 2.4).
+            "PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS": "true" if own_hooks else "false",
+            **({"PREFECT__FLOW_NAME": job.flow_name} if job.flow_name else {}),
+            **({"PREFECT__DEPLOYMENT_ID": job.deployment_id} if job.deployment_id else {}),
+            **({"PREFECT__DEPLOYMENT_NAME": job.deployment_name} if job.deployment_name else {}),
+            **(session.environ if session is not None else {}),
+        }
+        return flow_environ(
+            run_id=run.id,
+            api_url=self._api_url,
+            secrets=self._secrets(),
+            pass_env=flows.pass_env,
+            flows_env=flows.env,
+            job_env=job.env,
+            extra=extra,
+            environ=os.environ,
+        )

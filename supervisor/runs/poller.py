@@ -1,0 +1,88 @@
+"""The loop that asks one source for due runs and hands them to the roster."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+
+import trio
+
+from supervisor.config import Poll
+from supervisor.errors import BackendError, NotFound, Refused
+from supervisor.runs.backoff import Backoff
+from supervisor.runs.health import ServerHealth
+from supervisor.runs.roster import Roster
+from supervisor.runs.sources import Source
+from supervisor.systemd.watchdog import Pulse
+
+MAX_OFFERS = 200  # the servers' page limit
+SPARE_OFFERS = 10  # asked for beyond the free slots, so that offers we must drop do not hide those we may take
+WAKE_SECONDS = 0.1  # slots freed within it share one poll
+
+_log = logging.getLogger("flow-agent")
+
+
+class Poller:
+    """Polls one source. Owns how the last poll went."""
+
+    def __init__(
+        self,
+        source: Source,
+        roster: Roster,
+        health: ServerHealth,
+        pulse: Pulse,
+        *,
+        poll: Poll,
+        prefetch_seconds: float,
+        turn_seconds: float,
+    ) -> None:
+        self._source = source
+        self._roster = roster
+        self._health = health
+        self._pulse = pulse
+        self._prefetch = timedelta(seconds=prefetch_seconds)
+        self._turn_seconds = turn_seconds  # the longest a poll may honestly take
+        self._backoff = Backoff(poll.interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+        self._dropped = 0
+        self._said: str | None = None
+
+    async def run(self) -> None:
+        """Polls until cancelled."""
+        while True:
+            await self.poll_once()
+            delay = self._backoff.delay()
+            self._pulse.expect(delay + self._turn_seconds)
+            with trio.move_on_after(delay):
+                if self._backoff.failing:
+                    await trio.sleep_forever()  # a freed slot is no reason to press a server that is in trouble
+                await self._roster.wait_slot_freed()
+                await trio.sleep(WAKE_SECONDS)
+
+    async def poll_once(self) -> bool:
+        """Asks once and admits what is offered. Returns False, having said why, when the server could not be asked."""
+        self._pulse.expect(self._turn_seconds)
+        free = self._roster.free(self._source.work)
+        if free <= 0:
+            self._backoff.succeeded()
+            return True
+        before = datetime.now(UTC) + self._prefetch
+        limit = min(MAX_OFFERS, free + self._dropped + SPARE_OFFERS)
+        try:
+            offers = await self._source.due(before=before, limit=limit)
+        except BackendError as error:
+            self._health.failed(error)
+            self._backoff.failed(error)
+            self._say_refusal(error)
+            return False
+        self._health.polled()
+        self._backoff.succeeded()
+        self._said = None
+        # Dropped offers come back at every poll; the next one must look past them.
+        self._dropped = sum(not self._roster.admit(offer, self._source) for offer in offers)
+        return True
+
+    def _say_refusal(self, error: BackendError) -> None:
+        """Outages are said by `ServerHealth`; what the server has against this source is said here, once."""
+        if isinstance(error, NotFound | Refused) and self._said != str(error):
+            self._said = str(error)
+            _log.warning("cannot take runs from %s: %s", self._source, error)

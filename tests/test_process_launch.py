@@ -1,0 +1,253 @@
+"""supervisor/process/launch.py: real children, what they inherit, how they are waited for, and their folders."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from supervisor.errors import JobError
+from supervisor.lifecycle import Exit
+from supervisor.process.launch import Child, launch, private_directory, remove_directory
+from supervisor.process.ref import alive, identify
+
+ENV = {"PATH": os.environ["PATH"], "ONLY": "this"}
+
+
+async def python(script: str, folder: Path, **env: str) -> Child:
+    return await launch([sys.executable, "-c", script], env=ENV | env, cwd=folder, output=folder / "output")
+
+
+def said(folder: Path) -> str:
+    return (folder / "output").read_text()
+
+
+def open_files() -> set[str]:
+    return {f"{fd}" for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
+
+
+def test_a_child_has_its_own_session_no_input_and_exactly_its_environment(tmp_path: Path) -> None:
+    script = (
+        "import json, os, sys\n"
+        "print(json.dumps([os.getpid(), os.getsid(0), os.getpgid(0), sys.stdin.read(), dict(os.environ), os.getcwd(),"
+        " sorted(map(int, os.listdir('/proc/self/fd')))]))\n"
+    )
+
+    async def main() -> None:
+        with (tmp_path / "inherited?").open("w") as ours:
+            os.set_inheritable(ours.fileno(), True)
+            child = await python(script, tmp_path)
+            assert await child.wait() == Exit(code=0)
+        pid, session, group, stdin, environ, cwd, descriptors = json.loads(said(tmp_path))
+        assert pid == session == group == child.ref.pid
+        assert stdin == ""
+        assert {name: environ[name] for name in ENV} == ENV
+        assert environ.keys() - ENV.keys() <= {"LC_CTYPE"}  # Python's own doing in the C locale
+        assert cwd == os.fspath(tmp_path)
+        assert [fd for fd in descriptors if fd > 2] == descriptors[3:4]  # the one that lists the folder
+
+    trio.run(main)
+
+
+def test_output_is_appended_to_a_file_that_others_cannot_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        for word in ("first", "second"):
+            child = await python(f"import sys; print({word!r}); print('error', file=sys.stderr)", tmp_path)
+            await child.wait()
+
+    old = os.umask(0)
+    try:
+        trio.run(main)
+    finally:
+        os.umask(old)
+    assert sorted(said(tmp_path).split()) == ["error", "error", "first", "second"]
+    assert said(tmp_path).index("first") < said(tmp_path).index("second")
+    assert stat.S_IMODE((tmp_path / "output").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [
+        ("", Exit(code=0)),
+        ("raise SystemExit(7)", Exit(code=7)),
+        ("import os; os.kill(os.getpid(), 9)", Exit(signal=9)),
+        ("import os; os.kill(os.getpid(), 15)", Exit(signal=15)),
+    ],
+)
+def test_the_way_it_ended_is_told_to_everybody_who_waits(tmp_path: Path, script: str, how: Exit) -> None:
+    async def main() -> None:
+        child = await python(script, tmp_path)
+        heard = []
+
+        async def listen() -> None:
+            heard.append(await child.wait())
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(listen)
+        assert [*heard, await child.wait()] == [how] * 4
+        assert not alive(child.ref)
+
+    trio.run(main)
+
+
+def test_the_end_is_noticed_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        child = await python("import time; print(time.monotonic(), flush=True)", tmp_path)
+        await child.wait()
+        # From its last line to here lies the end of an interpreter; a poll would show as a tenth of a second and more.
+        assert trio.current_time() >= 0
+        import time
+
+        assert time.monotonic() - float(said(tmp_path)) < 0.5
+
+    trio.run(main)
+
+
+def test_waiting_can_be_given_up_and_the_child_lives_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        os.mkfifo(tmp_path / "gate")
+        child = await python("print(open('gate').read())", tmp_path)
+        with trio.move_on_after(0.05) as given_up:
+            await child.wait()
+        assert given_up.cancelled_caught
+        assert alive(child.ref)
+        (tmp_path / "gate").write_text("go on")
+        assert await child.wait() == Exit(code=0)
+        assert "go on" in said(tmp_path)
+
+    trio.run(main)
+
+
+def test_a_child_that_ended_before_it_was_looked_at_still_has_an_identity(tmp_path: Path) -> None:
+    async def main() -> None:
+        for _ in range(20):
+            child = await launch(["/bin/true"], env=ENV, cwd=tmp_path, output=tmp_path / "output")
+            assert child.ref.start_ticks > 0
+            assert await child.wait() == Exit(code=0)
+            assert identify(child.ref.pid) != child.ref
+
+    trio.run(main)
+
+
+def test_cancelled_or_refused_starts_leave_no_descriptor_and_no_child(tmp_path: Path) -> None:
+    async def main() -> None:
+        await (await python("", tmp_path)).wait()  # trio's threads and whatever is opened once
+        before = open_files()
+        for _ in range(5):
+            await (await python("", tmp_path)).wait()
+            with pytest.raises(JobError):
+                await launch(["/nowhere/at/all"], env=ENV, cwd=tmp_path, output=tmp_path / "output")
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await launch(["/bin/true"], env=ENV, cwd=tmp_path, output=tmp_path / "output")
+        gc.collect()
+        assert open_files() == before
+
+    trio.run(main)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def refusal(folder: Path, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    async def main() -> None:
+        await launch(argv, env=env or ENV, cwd=cwd or folder, output=folder / "output")
+
+    with pytest.raises(JobError) as caught:
+        trio.run(main)
+    return str(caught.value)
+
+
+def test_what_cannot_be_started_is_said_in_words(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert refusal(tmp_path, "/nowhere/python") == "cannot start '/nowhere/python': No such file or directory"
+    assert refusal(tmp_path, "no-such-program") == "cannot start 'no-such-program': No such file or directory"
+    assert refusal(tmp_path, str(plain)) == f"cannot start '{plain}': Permission denied"
+    assert refusal(tmp_path, "true", cwd=tmp_path / "gone") == (
+        f"cannot start 'true' in '{tmp_path / 'gone'}': No such file or directory"
+    )
+    assert refusal(tmp_path) == "cannot start the run: its command is empty"
+    assert "null byte" in refusal(tmp_path, "true", "a\0b")
+    assert "null byte" in refusal(tmp_path, "true", env=ENV | {"A": "a\0b"})
+    assert "illegal environment variable name" in refusal(tmp_path, "true", env=ENV | {"A=B": "c"})
+
+
+def test_output_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "output").symlink_to("/etc/passwd")
+    said = refusal(tmp_path, "true")
+    assert said.startswith(f"cannot write the run's output to '{tmp_path / 'output'}'")
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_private_directory_is_the_runs_own_and_found_again(tmp_path: Path) -> None:
+    first = private_directory(tmp_path / "made" / "too", "run-1")
+    (first / "code").touch()
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    assert private_directory(tmp_path / "made" / "too", "run-1") == first
+    assert (first / "code").exists()
+    assert private_directory(tmp_path / "made" / "too", "run-2") != first
+
+
+def test_a_directory_that_somebody_else_has_put_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run-1").symlink_to("/etc")
+    with pytest.raises(JobError, match="it is a link or another user's"):
+        private_directory(tmp_path, "run-1")
+    (tmp_path / "run-2").touch()
+    with pytest.raises(JobError, match="remove it"):
+        private_directory(tmp_path, "run-2")
+    with pytest.raises(JobError, match="cannot make the working directory"):
+        private_directory(tmp_path / "run-2", "run-3")
+
+
+@pytest.fixture
+def other_user() -> Iterator[None]:
+    """Permissions mean nothing to root: as root, be somebody else for the length of a test."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def test_a_directory_is_removed_whatever_permissions_the_flow_gave_it(tmp_path: Path, other_user: None) -> None:
+    import tempfile
+
+    top = Path(tempfile.mkdtemp())
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "a" / "b" / "file").write_text("x")
+    (top / "a" / "b" / "file").chmod(0o400)
+    (top / "a" / "b").chmod(0o500)
+    (top / "a").chmod(0)
+    trio.run(remove_directory, top)
+    assert not top.exists()
+    trio.run(remove_directory, top)  # gone already
+
+
+def test_links_are_removed_and_never_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir(mode=0o500)
+    (kept / "file").touch()
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "link").symlink_to(kept)
+    (top / "dangling").symlink_to("/nowhere")
+    trio.run(remove_directory, top)
+    assert not top.exists()
+    assert (kept / "file").exists()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o500
+    assert caplog.text == ""
+    top.symlink_to(kept)
+    trio.run(remove_directory, top)
+    assert (kept / "file").exists()
+    assert "cannot remove the working directory" in caplog.text

@@ -1,0 +1,369 @@
+"""supervisor/process/stop.py against real processes that do all they can to live on."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+
+from supervisor.lifecycle import Exit, ProcessRef
+from supervisor.process.environ import MARK
+from supervisor.process.launch import Child, launch
+from supervisor.process.ref import alive, identify
+from supervisor.process.stop import end, end_leftovers, interrupt_group, members, wait_gone
+
+# What the scripts below share. A process says its number once it is ready to be shot at.
+PRELUDE = """
+import os, signal, subprocess, sys, time
+
+def ready():
+    with open(os.environ["PIDS"], "a") as out:
+        out.write(f"{os.getpid()}\\n")
+
+def live():
+    ready()
+    while True:
+        time.sleep(60)
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def child(work):
+    if os.fork() == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+
+def bare(script):
+    "A child that has lost the environment, and so the mark."
+    subprocess.Popen([sys.executable, "-c", PRELUDE + script], env={"PIDS": os.environ["PIDS"]}, start_new_session=True)
+"""
+
+
+@dataclass
+class Zoo:
+    """One run whose processes are `script`'s."""
+
+    folder: Path
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    children: list[Child] = field(default_factory=list)
+
+    async def open(self, script: str, ready: int) -> Child:
+        """Starts the script and waits until so many of its processes have said that they are ready."""
+        whole = f"PRELUDE = {PRELUDE!r}\n{PRELUDE}\n{script}"
+        env = {"PATH": os.environ["PATH"], MARK: self.run_id, "PIDS": str(self.pids)}
+        output = self.folder / f"{self.run_id}.output"
+        child = await launch([sys.executable, "-c", whole], env=env, cwd=self.folder, output=output)
+        self.children.append(child)
+        with trio.move_on_after(30):
+            while len(self.told()) < ready:
+                await trio.sleep(0.01)
+        assert len(self.told()) >= ready, output.read_text()
+        return child
+
+    @property
+    def pids(self) -> Path:
+        return self.folder / f"{self.run_id}.pids"
+
+    def told(self) -> list[int]:
+        return [int(line) for line in self.pids.read_text().splitlines()] if self.pids.exists() else []
+
+    def living(self) -> list[int]:
+        """Those that have said they were ready and are still there."""
+        return [pid for pid in self.told() if (ref := identify(pid)) is not None and alive(ref)]
+
+
+def zoo(folder: Path, visit: Callable[[Zoo], Awaitable[None]]) -> None:
+    async def main() -> None:
+        z = Zoo(folder)
+        with trio.fail_after(60):
+            await visit(z)
+        for child in z.children:
+            await child.wait()
+
+    try:
+        trio.run(main)
+    finally:  # whatever the test has shown, nothing of it may live on
+        for path in folder.glob("*.pids"):
+            for line in path.read_text().split():
+                if (ref := identify(int(line))) is not None and alive(ref):
+                    psutil.Process(int(line)).kill()
+
+
+PLAIN = "live()"
+DEAF = "deaf(); live()"
+OWN_GROUP = "deaf(); child(lambda: (os.setpgid(0, 0), live())); live()"
+OWN_SESSION = "deaf(); child(lambda: (os.setsid(), live())); live()"
+DAEMON = """
+def daemon():
+    os.setsid()
+    child(live)
+    os._exit(0)
+deaf()
+child(daemon)
+live()
+"""
+ORPHANED_DAEMON = DAEMON.replace("\nlive()", "\ntime.sleep(0.2)")
+BARE = "deaf(); bare('deaf(); live()'); live()"
+BARE_GRANDCHILD = "deaf(); bare('deaf(); child(lambda: (os.setsid(), live())); live()'); live()"
+STOPPED = "deaf(); child(lambda: (ready(), os.kill(os.getpid(), signal.SIGSTOP), time.sleep(600))); live()"
+STOPPED_LEADER = "deaf(); ready(); os.kill(os.getpid(), signal.SIGSTOP); time.sleep(600)"
+FAMILY = "\n".join(f"child(lambda: (deaf(), {own}, live()))" for own in ("os.setsid()", "os.setpgid(0, 0)", "1"))
+TREE = """
+deaf()
+def grow(depth):
+    if depth:
+        for _ in range(2):
+            child(lambda: grow(depth - 1))
+    os.setsid() if os.getpid() % 2 and os.getpgid(0) != os.getpid() else None
+    live()
+grow(4)
+"""
+BOMB = """
+deaf()
+def bomb(left):
+    os.setsid()
+    ready()
+    for n in range(left):
+        child(lambda: bomb(0))
+        time.sleep(0.002)
+    while True:
+        time.sleep(60)
+for _ in range(5):
+    child(lambda: bomb(9))
+live()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "processes", "killed"),
+    [
+        pytest.param(PLAIN, 1, 0, id="plain"),
+        pytest.param(DEAF, 1, 1, id="deaf to SIGTERM"),
+        pytest.param(OWN_GROUP, 2, 2, id="own process group"),
+        pytest.param(OWN_SESSION, 2, 2, id="own session"),
+        pytest.param(DAEMON, 2, 2, id="forked twice"),
+        pytest.param(ORPHANED_DAEMON, 1, 1, id="forked twice, leader gone"),
+        pytest.param(BARE, 2, 2, id="own session, without the mark"),
+        pytest.param(BARE_GRANDCHILD, 3, 3, id="grandchild in its own session, without the mark"),
+        pytest.param(STOPPED, 2, 2, id="stopped child"),
+        pytest.param(STOPPED_LEADER, 1, 1, id="stopped leader"),
+        pytest.param(FAMILY + "\nlive()", 4, 3, id="a family"),
+        pytest.param(TREE, 31, 31, id="a tree of 31, half of them in their own sessions"),
+        pytest.param(BOMB, 51, 51, id="a fork bomb of 51"),
+    ],
+)
+def test_nothing_of_a_run_lives_on(tmp_path: Path, script: str, processes: int, killed: int) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open(script, processes)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child.wait)
+            assert await end(child.ref, z.run_id, grace=0.2) == killed
+            assert z.living() == []
+        assert len(z.told()) == processes
+        assert await members(child.ref, z.run_id) == []
+
+    zoo(tmp_path, visit)
+
+
+def test_a_bomb_that_goes_on_while_it_is_ended_is_ended(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open(BOMB, 3)  # some fifty more are on their way
+        await end(child.ref, z.run_id, grace=0)
+        assert z.living() == []
+        told = z.told()
+        await trio.sleep(0.1)
+        assert z.told() == told
+
+    zoo(tmp_path, visit)
+
+
+def test_a_process_that_leaves_a_child_behind_when_asked_to_go_is_no_way_out(tmp_path: Path) -> None:
+    script = """
+def leave(signum, frame):
+    child(lambda: (os.setsid(), live()))
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+live()
+"""
+
+    async def visit(z: Zoo) -> None:
+        child = await z.open(script, 1)
+        await end(child.ref, z.run_id, grace=0.5)
+        assert z.living() == []
+
+    zoo(tmp_path, visit)
+
+
+def test_those_who_go_when_asked_are_waited_for_no_longer_than_they_take(tmp_path: Path) -> None:
+    script = """
+def bye(signum, frame):
+    time.sleep(0.1)
+    print("bye", flush=True)
+    os._exit(3)
+signal.signal(signal.SIGTERM, bye)
+child(lambda: (os.setsid(), live()))
+live()
+"""
+
+    async def visit(z: Zoo) -> None:
+        child = await z.open(script, 2)
+        before = trio.current_time()
+        assert await end(child.ref, z.run_id, grace=30) == 0
+        assert trio.current_time() - before < 5
+        assert await child.wait() == Exit(code=3)
+        output = (tmp_path / f"{z.run_id}.output").read_text()
+        assert output.count("bye") == 2  # in another session, too, and each was asked only once
+
+    zoo(tmp_path, visit)
+
+
+def test_a_stopped_run_still_gets_its_chance_to_end_itself(tmp_path: Path) -> None:
+    script = "signal.signal(signal.SIGTERM, lambda *_: os._exit(3)); ready(); os.kill(os.getpid(), signal.SIGSTOP)"
+
+    async def visit(z: Zoo) -> None:
+        child = await z.open(script, 1)
+        while psutil.Process(child.ref.pid).status() != psutil.STATUS_STOPPED:
+            await trio.sleep(0.01)
+        assert await end(child.ref, z.run_id, grace=10) == 0
+        assert await child.wait() == Exit(code=3)
+
+    zoo(tmp_path, visit)
+
+
+def test_other_runs_and_their_children_are_not_touched(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        other = Zoo(tmp_path, run_id=z.run_id + "0")  # one mark is the beginning of the other
+        child, neighbour = await z.open(TREE, 31), await other.open(FAMILY + "\nlive()", 4)
+        await end(child.ref, z.run_id, grace=0)
+        assert z.living() == []
+        assert sorted(other.living()) == sorted(other.told())
+        assert sorted(process.pid for process in await members(neighbour.ref, other.run_id)) == sorted(other.told())
+        await end(neighbour.ref, other.run_id, grace=0)
+        assert other.living() == []
+        await neighbour.wait()
+
+    zoo(tmp_path, visit)
+
+
+def test_a_number_that_is_somebody_elses_by_now_is_not_signalled(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open("child(live); live()", 2)
+        earlier = ProcessRef(pid=child.ref.pid, start_ticks=child.ref.start_ticks - 1, boot_id=child.ref.boot_id)
+        other_boot = ProcessRef(pid=child.ref.pid, start_ticks=child.ref.start_ticks, boot_id="before the restart")
+        for stranger in (earlier, other_boot):
+            assert not interrupt_group(stranger, signal.SIGKILL)
+            assert await members(stranger, "another run") == []
+            assert await end(stranger, "another run", grace=0) == 0
+        assert len(z.living()) == 2
+        await end(child.ref, z.run_id, grace=0)
+
+    zoo(tmp_path, visit)
+
+
+def test_a_run_without_a_known_leader_is_found_by_its_mark(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        await z.open(OWN_SESSION, 2)
+        assert await end(None, z.run_id, grace=0) == 2
+        assert z.living() == []
+
+    zoo(tmp_path, visit)
+
+
+def test_a_run_that_is_gone_already_costs_no_wait(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open("ready()", 1)
+        await child.wait()
+        before = trio.current_time()
+        assert await end(child.ref, z.run_id, grace=30) == 0
+        assert await end_leftovers(z.run_id, child.ref) == 0
+        assert not interrupt_group(child.ref)
+        assert trio.current_time() - before < 5
+
+    zoo(tmp_path, visit)
+
+
+def test_a_leader_that_nobody_has_waited_for_hangs_nothing_and_its_group_is_reached(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open("child(lambda: (deaf(), live())); ready()", 2)
+        os.waitid(os.P_PID, child.ref.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(child.ref.pid).status() == psutil.STATUS_ZOMBIE
+        assert len(await members(child.ref, "known by its group alone")) == 1
+        assert interrupt_group(child.ref, signal.SIGCONT)
+        assert await end(child.ref, z.run_id, grace=0.1) == 1
+        assert z.living() == []
+        assert await child.wait() == Exit(code=0)
+
+    zoo(tmp_path, visit)
+
+
+def test_we_ourselves_are_never_a_member_even_with_the_mark(tmp_path: Path) -> None:
+    script = """
+import trio
+from supervisor.process.stop import end, members
+ready()
+async def main():
+    assert await members(None, os.environ["FLOW_AGENT_RUN_ID"]) == []
+    assert await end(None, os.environ["FLOW_AGENT_RUN_ID"], grace=0) == 0
+    print("alive")
+trio.run(main)
+"""
+
+    async def visit(z: Zoo) -> None:
+        script_here = f"sys.path.insert(0, {os.fspath(Path(__file__).parents[1])!r})\n{script}"
+        child = await z.open(script_here, 1)
+        assert await child.wait() == Exit(code=0)
+        assert "alive" in (tmp_path / f"{z.run_id}.output").read_text()
+
+    zoo(tmp_path, visit)
+
+
+def test_leftovers_of_a_finished_run_are_ended_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    async def visit(z: Zoo) -> None:
+        child = await z.open(ORPHANED_DAEMON, 1)
+        assert await child.wait() == Exit(code=0)
+        assert len(z.living()) == 1
+        assert await end_leftovers(z.run_id, child.ref, grace=0.1) == 1
+        assert z.living() == []
+
+    zoo(tmp_path, visit)
+    assert "ending 1 process(es) that the run left behind: python" in caplog.text
+
+
+def test_waiting_for_the_end_is_bounded_and_ends_with_the_last(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open("signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); child(live); live()", 2)
+        refs = [ref for pid in z.told() if (ref := identify(pid)) is not None]
+        assert not await wait_gone(refs, 0.05)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child.wait)
+            assert interrupt_group(child.ref)
+            assert await wait_gone(refs, math.inf)
+        assert z.living() == []
+        assert await wait_gone([], 0)
+
+    zoo(tmp_path, visit)
+
+
+def test_ending_can_be_given_up(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open(DEAF, 1)
+        with trio.move_on_after(0.1) as given_up:
+            await end(child.ref, z.run_id, grace=60)
+        assert given_up.cancelled_caught
+        assert z.living() == [child.ref.pid]
+        await end(child.ref, z.run_id, grace=0)
+
+    zoo(tmp_path, visit)

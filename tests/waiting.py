@@ -1,0 +1,25 @@
+"""Waiting for a condition, with a deadline and a sentence for when it does not come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(
+    condition: Callable[[], T], timeout: float, what: str, *, every: float = 0.05, more: Callable[[], str] | None = None
+) -> T:
+    """Asks again and again until the condition is true, and returns what it said.
+
+    Raises `AssertionError` naming `what` after `timeout` seconds; `more` may add what helps to understand it.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        if said := condition():
+            return said
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what}" + (f"\n{more()}" if more else ""))
+        time.sleep(every)
