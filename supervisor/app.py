@@ -35,7 +35,7 @@ from supervisor.runs.run import Run
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
 from supervisor.statedir import StateDirectory
-from supervisor.systemd.notify import Notifier
+from supervisor.systemd.notify import Notifier, clear_environment
 from supervisor.systemd.watchdog import Watchdog
 
 KILL_SECONDS = 5.0  # the longest that reports may delay the end of an agent that was told to kill and go
@@ -63,6 +63,7 @@ async def connect(config: Config) -> AsyncIterator[Backend]:
 async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:
     notifier = Notifier.from_environ(os.environ)
     watchdog = Watchdog.from_environ(notifier, os.environ)
+    clear_environment()
     interpreters = Interpreters()
     with StateDirectory(config.agent.state_dir, name=config.agent.name) as state:
         await _check_interpreters(config, interpreters)

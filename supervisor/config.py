@@ -103,7 +103,5 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
         held = [name for name in ("api_key", "auth_string") if getattr(self, name) is not None]
         return f"Credentials({', '.join(held) or 'none'})"
 
-    __str__ = __repr__
-
     def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec gives every struct one that shows all
         return []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from tests.servers import PrefectServer, clean_environ, processes_with
 from tests.waiting import wait_until
 

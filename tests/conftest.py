@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import envs
 import pytest
 import trio.testing
+
+from tests import envs
 from tests.agents import AgentProcess, config_for
 from tests.servers import Api, PrefectServer, processes_with
 

@@ -18,9 +18,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests import envs
 import httpx
 import psutil
+
+from tests import envs
 from tests.waiting import wait_until
 
 E2E_FLOWS = Path(__file__).parent / "flows" / "e2e"

@@ -96,6 +96,8 @@ def test_start_takes_its_work_from_the_file_until_flags_name_some(agent: FakeApp
     assert flow_agent("start", "--config", "agent.toml").exit_code == 0
     assert (agent.work.pool, agent.runs[-1][0].agent.limit) == ("of-the-file", 7)
     assert agent.runs[-1][1:] == (False, False)
+    assert flow_agent("start", "--config", "agent.toml", "--hide-welcome").exit_code == 0
+    assert agent.runs[-1][1:] == (False, True)
     assert flow_agent("start", "--config", "agent.toml", "-m", "dev-", "-m", "ops-").exit_code == 0
     assert (agent.work.pool, agent.work.match, agent.runs[-1][0].agent.limit) == (None, ("dev-", "ops-"), 7)
 
@@ -242,6 +244,29 @@ def test_ctrl_c_ends_a_check_with_130_and_no_traceback() -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
     assert out.splitlines() == ["configuration without a file: ok"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        ("KeyboardInterrupt()", 130),
+        ("BaseExceptionGroup('', [BaseExceptionGroup('', [KeyboardInterrupt()])])", 130),
+        ("BaseExceptionGroup('', [KeyboardInterrupt(), ValueError('a bug')])", 1),
+    ],
+)
+def test_ctrl_c_hides_no_bug_and_is_found_where_trio_groups_it(raised: str, code: int) -> None:
+    program = f"""
+import sys
+from supervisor import cli
+@cli.app.command()
+def interrupted(): raise {raised}
+sys.argv[1:] = ["interrupted"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("a bug" in done.stderr) == (code == 1)
+    assert done.stderr == "" or code == 1
 
 
 def test_a_reader_that_has_gone_is_no_error_worth_a_word() -> None:

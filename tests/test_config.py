@@ -89,7 +89,9 @@ def test_a_work_table_overrides_flows_and_merges_env(tmp_path: Path, environ: di
         [[work]]
         queues = "q"
     """
-    own, plain = read(tmp_path, text, environ).work
+    config = read(tmp_path, text, environ)
+    own, plain = config.work
+    assert config.flows == plain.flows
     assert own.flows.python == other
     assert own.flows.command == ("nice", "-n", "5", "my engine")
     assert own.flows.env == {"A": "flows", "B": "work"}
@@ -269,6 +271,7 @@ match = ["y"]
         ("[[work]]\nqueues = []\n", 2, "an empty array says nothing"),
         ("[[work]]\nqueues = [1]\n", 2, "a string is wanted, found the integer 1"),
         ("[[work]]\ndeployments = 'nightly'\n", 2, '"flow/deployment" or the deployment\'s UUID is wanted'),
+        ("[[work]]\npol = 'p'\n", 2, "did you mean 'pool'?"),
         ("[[work]]\npool = 'p'\n[[work]]\npool = 'q'\ngrace = 1\n", 5, "did you mean 'grace_seconds'?"),
     ],
 )
@@ -346,7 +349,16 @@ def test_any_misspelled_variable_is_named_with_the_nearest(where: tuple[str, str
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
-STRINGS = ['"x"', "'x'", '"]"', "'[#'", '"""\n[no]\nno = 1\n\\""" """', "'''\n[[no]]\n'''", "[\n  1, # ]\n  2,\n]"]
+STRINGS = [
+    '"x"',
+    "'x'",
+    '"]"',
+    "'[#'",
+    '"""\n[no]\nno = 1\n\\""" """',
+    "'''\n[[no]]\n''''",
+    "[\n  1, # ]\n  2,\n]",
+    "[\n  ['u'],\n  'a',\n]",
+]
 VALUES = st.sampled_from([*STRINGS, "1", "{ a = ']', b = [1] }", "1979-05-27", '"\\""', "[['a'], ['b']]"])
 KEY_NAMES = st.sampled_from(["a", "b-c", '"d e"', "'f.g'", '"h\\"]"', "i.j", "'k' . l"])
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+
 from tests.agents import NotifySocket, to_toml
 from tests.servers import Api, PrefectServer, clean_environ, processes_with
 from tests.waiting import wait_until

@@ -281,6 +281,8 @@ def test_a_missing_pool_is_the_jobs_fault_and_not_a_deleted_deployment() -> None
     for run in (a_run(), a_run(work_pool_name="p1")):
         with pytest.raises(JobError, match=r"work pool 'p1' does not exist"):
             read(api, run)
+    with pytest.raises(JobError, match=r"work pool 'old' does not exist"):
+        read(api, a_run(work_pool_name="old"))
 
 
 def test_a_run_without_a_deployment_is_refused_without_a_request() -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+from supervisor.lifecycle import Exit
 from supervisor.process.channel import TOKEN_TIMEOUT, ControlChannel, Intent, Receipt, Session
+from supervisor.process.environ import flow_environ
+from supervisor.process.launch import launch
+from supervisor.process.stop import end
+from tests.servers import Api, PrefectServer
 
 HELLO_2 = b"\x00PF\x02\x01"
 STATE = {"disposition": "STATE_REPORTED", "state_id": "s", "state_type": "COMPLETED", "state_name": "Completed"}
@@ -361,3 +368,94 @@ def test_without_a_listener_engines_are_told_of_none(caplog: pytest.LogCaptureFi
 
     trio.run(main)
     assert "cancelled by signal only" in caplog.text
+
+
+# --- real engines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["3.6.29", "3.8.8"])
+@pytest.mark.parametrize("flow", ["sync_sleeper", "async_sleeper"])
+def test_an_engine_that_was_asked_cancels_its_run_itself(
+    version: str,
+    flow: str,
+    server_3: PrefectServer,
+    api_of: Callable[[PrefectServer], Api],
+    engine: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    api = api_of(server_3)
+    run_id = api.create_run(api.create_deployment(flow, file="process_flows.py", path=Path(__file__).parent / "flows"))
+    api.set_state(run_id, "PENDING")
+    said, output, work = tmp_path / "said", tmp_path / "output", tmp_path / "work"
+    work.mkdir()
+
+    async def main() -> None:
+        channel = ControlChannel()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(channel.serve)
+            session = channel.expect()
+            env = flow_environ(
+                run_id=run_id,
+                api_url=server_3.url,
+                secrets={},
+                pass_env=(),
+                flows_env={"SAY": str(said)},
+                job_env={},
+                extra=session.environ,
+                environ=os.environ,
+            )
+            child = await launch([str(engine(version)), "-m", "prefect.engine"], env=env, cwd=work, output=output)
+            try:
+                with trio.fail_after(60):
+                    await session.wait_connected()
+                    while not said.exists():
+                        await trio.sleep(0.02)
+                    await trio.to_thread.run_sync(api.cancel, run_id)
+                    assert await session.ask(Intent.CANCEL)
+            finally:
+                with trio.CancelScope(shield=True):
+                    killed = await end(child.ref, run_id, grace=20)
+                    how = await child.wait()
+            nursery.cancel_scope.cancel()
+        assert killed == 0, output.read_text()
+        assert how == Exit(code=0)
+
+    trio.run(main)
+    assert [word.split()[0] for word in said.read_text().splitlines()] == ["body", "failing", "sync", "async"]
+    assert api.states(run_id)[-2:] == [("CANCELLING", "Cancelling"), ("CANCELLED", "Cancelled")]
+
+
+def test_an_engine_of_version_2_leaves_a_receipt(
+    server_3: PrefectServer, api_of: Callable[[PrefectServer], Api], engine: Callable[[str], Path], tmp_path: Path
+) -> None:
+    api = api_of(server_3)
+    flows = Path(__file__).parent / "flows"
+    run_id = api.create_run(api.create_deployment("hookless", file="process_flows.py", path=flows))
+    api.set_state(run_id, "PENDING")
+
+    async def main() -> Receipt | None:
+        channel = ControlChannel()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(channel.serve)
+            session = channel.expect()
+            env = flow_environ(
+                run_id=run_id,
+                api_url=server_3.url,
+                secrets={},
+                pass_env=(),
+                flows_env={"SAY": str(tmp_path / "said")},
+                job_env={},
+                extra=session.environ,
+                environ=os.environ,
+            )
+            argv = [str(engine("3.8.8")), "-m", "prefect.engine"]
+            child = await launch(argv, env=env, cwd=tmp_path, output=tmp_path / "output")
+            with trio.fail_after(60):
+                assert await child.wait() == Exit(code=0)
+            nursery.cancel_scope.cancel()
+        return session.receipt
+
+    receipt = trio.run(main)
+    assert receipt is not None
+    assert (receipt.disposition, receipt.state_type) == ("STATE_REPORTED", "COMPLETED")
+    assert api.state(run_id) == "COMPLETED"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -14,10 +14,42 @@ import trio
 from supervisor.backend.http import HttpApi
 from supervisor.backend.rest.client import RestBackend
 from supervisor.config import Api, Credentials
-from supervisor.errors import NotFound, Refused, Unauthorized
+from supervisor.errors import NotFound, Refused, ServerTrouble, Unauthorized
 from supervisor.model import Answer, FlowRun, LogRecord, Proposal, StateType
 from tests.faultserver import LoseAnswer, on, open_fault_server
-from tests.servers import PrefectServer, running_server
+from tests.servers import PrefectServer
+
+
+class Patient:
+    """Asks again for up to 30 s while a server on SQLite answers 503 because its database is busy.
+
+    Its wish was not carried out then; in the agent this patience is the business of who calls.
+    """
+
+    def __init__(self, api: HttpApi) -> None:
+        self.http = api
+
+    async def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
+        return await self._until_not_busy(lambda: self.http.get(path, params))
+
+    async def post(self, path: str, body: Any) -> Any:
+        return await self._until_not_busy(lambda: self.http.post(path, body))
+
+    async def patch(self, path: str, body: Any) -> Any:
+        return await self._until_not_busy(lambda: self.http.patch(path, body))
+
+    async def delete(self, path: str) -> None:
+        await self._until_not_busy(lambda: self.http.delete(path))
+
+    async def _until_not_busy(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        deadline = trio.current_time() + 30
+        while True:
+            try:
+                return await call()
+            except ServerTrouble as trouble:
+                if "answered 503" not in str(trouble) or trio.current_time() > deadline:
+                    raise
+            await trio.sleep(0.2)
 
 
 class Scene:
@@ -25,8 +57,9 @@ class Scene:
 
     def __init__(self, server: PrefectServer, api: HttpApi) -> None:
         self.server = server
-        self.api = api
-        self.backend = RestBackend(api)
+        self.http = api
+        self.api = Patient(api)
+        self.backend = RestBackend(self.api)
         self.major = int(server.version.split(".")[0])
         self.tag = uuid4().hex[:8]  # names of this test only: servers are shared
 
@@ -60,7 +93,7 @@ def on_scene(
     async def main() -> None:
         given = credentials or Credentials()
         async with HttpApi.open(Api(url=server.url), lambda: given) as api:
-            with trio.fail_after(60):
+            with trio.fail_after(120):
                 await body(Scene(server, api))
 
     trio.run(main)
@@ -349,7 +382,7 @@ def test_both_forms_of_cancelling_are_found_among_our_runs_only(prefect_server: 
 
 def test_a_lease_comes_with_the_claim_and_can_be_renewed_until_it_is_gone(prefect_server: PrefectServer) -> None:
     async def body(scene: Scene) -> None:
-        deployment = await scene.deployment(concurrency_limit=1)
+        deployment = await scene.deployment(**({"concurrency_limit": 1} if scene.major >= 3 else {}))
         first, second = [await scene.run(deployment) for _ in range(2)]
         verdict = await scene.backend.propose(first, Proposal(type=StateType.PENDING, transition_id=str(uuid4())))
         assert verdict.state is not None
@@ -431,7 +464,7 @@ def test_events_are_taken_by_3_and_left_alone_by_2(prefect_server: PrefectServer
             }
         }
         with trio.fail_after(30):  # the server stores them a moment later
-            while len(held := (await scene.api.post("/events/filter", question))["events"]) < 2:
+            while len(held := (await scene.api.post("/events/filter", question))["events"]) < 2:  # noqa: ASYNC110
                 await trio.sleep(0.1)
         assert {event["id"]: event["follows"] for event in held} == {first: None, second: first}
 
@@ -442,35 +475,40 @@ def test_events_are_taken_by_3_and_left_alone_by_2(prefect_server: PrefectServer
 
 
 @pytest.mark.parametrize("version", ["2.20.26", "3.8.8"])
-def test_csrf_protection_is_answered_on_a_real_server(version: str) -> None:
-    with running_server(version, PREFECT_SERVER_CSRF_PROTECTION_ENABLED="true") as server:
-        assert httpx.post(f"{server.url}/flow_runs/filter", json={}).status_code == 403
+def test_csrf_protection_is_answered_on_a_real_server(own_server: Callable[..., PrefectServer], version: str) -> None:
+    server = own_server(version, {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true"})
+    assert httpx.post(f"{server.url}/flow_runs/filter", json={}, trust_env=False).status_code == 403
 
-        async def body(scene: Scene) -> None:
-            pool = scene.name("pool")
-            await scene.backend.create_pool(pool)
-            assert await scene.backend.due_in_pool(pool, queues=None, before=now(), limit=5) == []
-            # Another client's token in our place, as after an hour: the server no longer knows the one we hold.
-            scene.api._csrf_token = "0" * 64
-            run_id = await scene.run(await scene.deployment())
-            assert await scene.propose(run_id, StateType.PENDING) is Answer.ACCEPT
+    async def body(scene: Scene) -> None:
+        pool = scene.name("pool")
+        await scene.backend.create_pool(pool)
+        assert await scene.backend.due_in_pool(pool, queues=None, before=now(), limit=5) == []
+        # Whoever fetches a token for our client ends ours, as an hour does.
+        query = {"client": scene.http._csrf_client}
+        assert (await scene.api.get("/csrf-token", query))["token"] != scene.http._csrf_token
+        run_id = await scene.run(await scene.deployment())
+        assert await scene.propose(run_id, StateType.PENDING) is Answer.ACCEPT
 
-        on_scene(server, body)
+    on_scene(server, body)
 
 
-def test_a_login_opens_a_server_that_wants_one_and_a_wrong_one_does_not() -> None:
-    with running_server("3.8.8", PREFECT_SERVER_API_AUTH_STRING="admin:s3cret:x") as server:
+def test_a_login_opens_a_server_that_wants_one_and_a_wrong_one_does_not(
+    own_server: Callable[..., PrefectServer],
+) -> None:
+    # The server's own clients need the login, too, or its background services are locked out.
+    login = {"PREFECT_SERVER_API_AUTH_STRING": "admin:s3cret:x", "PREFECT_API_AUTH_STRING": "admin:s3cret:x"}
+    server = own_server("3.8.8", login)
 
-        async def right(scene: Scene) -> None:
-            assert (await scene.backend.hello()).major == 3
-            assert (await scene.backend.create_pool(scene.name("pool"))).type == "process"
+    async def right(scene: Scene) -> None:
+        assert (await scene.backend.hello()).major == 3
+        assert (await scene.backend.create_pool(scene.name("pool"))).type == "process"
 
-        async def wrong(scene: Scene) -> None:
-            with pytest.raises(Unauthorized) as refused:
-                await scene.backend.hello()
-            assert "s3cret" not in str(refused.value)
+    async def wrong(scene: Scene) -> None:
+        with pytest.raises(Unauthorized) as refused:
+            await scene.backend.hello()
+        assert "s3cret" not in str(refused.value)
 
-        on_scene(server, right, Credentials(api_key="ignored", auth_string="admin:s3cret:x"))
-        on_scene(server, wrong, Credentials(auth_string="admin:s3cret"))
-        on_scene(server, wrong, Credentials(api_key="s3cret"))
-        on_scene(server, wrong)
+    on_scene(server, right, Credentials(api_key="ignored", auth_string="admin:s3cret:x"))
+    on_scene(server, wrong, Credentials(auth_string="admin:s3cret"))
+    on_scene(server, wrong, Credentials(api_key="s3cret"))
+    on_scene(server, wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,3 +24,8 @@ def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout} s: {what}" + (f"\n{more()}" if more else ""))
         time.sleep(every)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file that flows append to; none while it does not exist."""
+    return path.read_text().splitlines() if path.exists() else []

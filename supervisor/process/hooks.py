@@ -65,10 +65,23 @@ def state_for(run, kind, message):
     return State(type=StateType.CRASHED, name="Crashed", message=message or None)
 
 
+def call(hook, flow, run, state):
+    """By place, as the engines of 3.x do; by name, as 2.x's do, where the hook can be called in no other way."""
+    try:
+        inspect.signature(hook).bind(flow, run, state)
+    except TypeError:
+        return hook(flow=flow, flow_run=run, state=state)
+    except ValueError:
+        pass  # it has no signature
+    return hook(flow, run, state)
+
+
 async def main(kind, message):
     from prefect.client.orchestration import get_client
+    from prefect.logging.configuration import setup_logging
     from prefect.logging.loggers import flow_run_logger
 
+    setup_logging()  # otherwise done only when a flow is entered, and the run's log would stay silent
     async with get_client() as client:
         run = await client.read_flow_run(uuid.UUID(os.environ["PREFECT__FLOW_RUN_ID"]))
     logger = flow_run_logger(run)
@@ -84,7 +97,7 @@ async def main(kind, message):
         logger.info("Running hook %r in response to entering state %r", name, state.name)
         try:
             # In a thread, where Prefect's own sync calls work; a coroutine function only makes its coroutine there.
-            result = await asyncio.to_thread(hook, flow=flow, flow_run=run, state=state)
+            result = await asyncio.to_thread(call, hook, flow, run, state)
             if inspect.isawaitable(result):
                 await result
         except Exception:

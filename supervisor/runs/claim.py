@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from supervisor.backend.base import Backend
-from supervisor.errors import BackendError, NotFound
+from supervisor.errors import BackendError, NotFound, Refused
 from supervisor.model import Answer, FlowRun, Proposal, State, StateType, Verdict
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.patience import Patience
@@ -23,6 +23,7 @@ class NotOurs(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     deployment_full: bool = False  # its deployment's concurrency limit is reached
     expected: bool = False  # everyday life, such as another agent being faster: not worth a line above debug
+    unheard: bool = False  # the server could not be asked: nothing is known against the run
 
 
 class Ours(msgspec.Struct, frozen=True):
@@ -50,7 +51,8 @@ async def claim(
         except BackendError as failure:
             health.failed(failure)
             if not in_doubt:
-                return NotOurs(reason=f"the server did not take the claim: {failure}")
+                unheard = not isinstance(failure, Refused)
+                return NotOurs(reason=f"the server did not take the claim: {failure}", unheard=unheard)
             error = failure
         else:
             health.answered()

@@ -17,6 +17,7 @@ from supervisor.runs.sources import Source
 REFUSED_SECONDS = (
     30.0  # how long an offer that was refused is not asked for again, nor its deployment's when that was full
 )
+UNHEARD_SECONDS = 2.0  # the same for an offer whose claim failed because the server could not be asked
 UNLIMITED = 1_000_000
 
 _log = logging.getLogger("flow-agent")
@@ -101,7 +102,7 @@ class Roster:
         now = trio.current_time()
         self._resting = {key: until for key, until in self._resting.items() if until > now}
         key = run.deployment_id if refused.deployment_full and run.deployment_id else run.id
-        self._resting[key] = now + REFUSED_SECONDS
+        self._resting[key] = now + (UNHEARD_SECONDS if refused.unheard else REFUSED_SECONDS)
 
     def _rests(self, offer: FlowRun) -> bool:
         now = trio.current_time()

@@ -1,7 +1,7 @@
 """What is told about a run beside its states: pid, labels, lines in its log, events. The words are those of Prefect's workers.
 
-All of it is courtesy: said once, and a server that does not listen changes nothing. Only the pid is worth patience, because
-a run without one is taken for not started when somebody cancels it.
+All of it is courtesy: tried a few times, and a server that does not listen changes nothing. Only the pid is worth more
+patience: a run without one is taken for not started when somebody cancels it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
 
+import trio
+
 from supervisor.backend.base import Backend
 from supervisor.errors import BackendError, NotFound, Refused
 from supervisor.model import FlowRun, Job, LogRecord, Pool
@@ -20,6 +22,7 @@ from supervisor.runs.patience import Patience
 _log = logging.getLogger("flow-agent")
 
 WORKER_TYPE = "process"
+COURTESY_TRIES = 3
 T = TypeVar("T")
 
 
@@ -101,11 +104,19 @@ class Teller:
         return related
 
     async def _courtesy(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        try:
-            return await call()
-        except BackendError as error:
-            _log.debug("not told: %s", error)
-            return None
+        """The call, tried a few times: a server on SQLite answers 503 just when many runs start at once."""
+        backoff = self._patience.backoff()
+        for _ in range(COURTESY_TRIES):
+            try:
+                return await call()
+            except (NotFound, Refused) as error:
+                _log.debug("not told: %s", error)
+                break
+            except BackendError as error:
+                _log.debug("not told yet: %s", error)
+                backoff.failed(error)
+                await trio.sleep(backoff.delay())
+        return None
 
 
 def _resource(role: str, identity: str, name: str | None) -> dict[str, str]:

@@ -1,16 +1,87 @@
-"""stub"""
+"""The service manager's watchdog: it hears from us only while our own loops make progress.
+
+Progress is not success. A loop whose every request fails still comes back to say so, and an agent whose server is away
+must not be restarted for it; a loop that hangs in a call that never ends is what the watchdog is for.
+"""
+
 from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
 import trio
-from collections.abc import Callable, Mapping
+
 from supervisor.systemd.notify import Notifier
+
+_log = logging.getLogger("flow-agent")
+
+
 class Pulse:
-    def expect(self, within: float | None) -> None: ...
+    """One loop's promise of when it will be back. Owns that time."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._deadline: float | None = None
+
+    def expect(self, within: float | None) -> None:
+        """I will be back within that many seconds; None: I am idle and cannot be late."""
+        self._deadline = None if within is None else trio.current_time() + within
+
+    @property
+    def late(self) -> bool:
+        return self._deadline is not None and trio.current_time() > self._deadline
+
+
 class Watchdog:
+    """Tells the manager that we live, at half of the time it allows, while no pulse is late.
+
+    `seconds` is the manager's limit; None where it keeps no watch. Owns the list of pulses.
+    """
+
+    def __init__(self, notifier: Notifier, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._notifier = notifier
+        self._pulses: list[Pulse] = []
+
     @classmethod
     def from_environ(cls, notifier: Notifier, environ: Mapping[str, str]) -> Watchdog:
-        return cls()
+        """As the manager that started this process asked for it.
+
+        WATCHDOG_PID may be our parent: a one-file binary runs its Python as a child of the process that was started.
+        """
+        usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+        meant = not pid or pid in {str(os.getpid()), str(os.getppid())}
+        watched = meant and usec.isascii() and usec.isdigit() and int(usec) > 0
+        return cls(notifier, int(usec) / 1e6 if watched else None)
+
     def pulse(self, name: str) -> Pulse:
-        return Pulse()
-    def dismiss(self, prefix: str) -> None: ...
+        """A new loop to watch; it is idle until it promises something."""
+        self._pulses.append(Pulse(name))
+        return self._pulses[-1]
+
+    def dismiss(self, prefix: str) -> None:
+        """Stops watching the loops whose names start so, because they have been ended on purpose."""
+        self._pulses = [pulse for pulse in self._pulses if not pulse.name.startswith(prefix)]
+
+    def late(self) -> list[str]:
+        """The names of the loops that have not come back when they said they would."""
+        return [pulse.name for pulse in self._pulses if pulse.late]
+
     async def run(self) -> None:
-        await trio.sleep_forever()
+        """Pings for ever. While a loop is late it looks more often, to be in time when the loop comes back."""
+        if self.seconds is None:
+            return
+        said: list[str] = []
+        while True:
+            late = self.late()
+            if late and late != said:
+                _log.error(
+                    "no progress in: %s. The service manager's watchdog is not fed until that changes", ", ".join(late)
+                )
+            elif said and not late:
+                _log.warning("progress again in: %s", ", ".join(said))
+            said = late
+            if not late:
+                self._notifier.watchdog()
+            await trio.sleep(self.seconds / (10 if late else 2))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -61,4 +62,15 @@ async def async_crasher():
 
 @flow(name="hookless")
 def hookless():
+    say("body")
+
+
+def hanging_hook(flow, flow_run, state):
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    say("hanging")
+    time.sleep(600)
+
+
+@flow(name="hangs-in-hook", on_crashed=[hanging_hook])
+def hangs_in_hook():
     say("body")

@@ -41,6 +41,14 @@ def on_failure(flow, flow_run, state):
     append(flow_run.parameters.get("hooks"), f"failure {flow_run.id} {state.name}")
 
 
+def by_place(a, b, c):
+    on_crashed(a, b, c)
+
+
+def by_name(*, flow, flow_run, state):
+    on_crashed(flow, flow_run, state)
+
+
 HOOKS = {"on_cancellation": [on_cancellation], "on_crashed": [on_crashed], "on_failure": [on_failure]}
 
 
@@ -89,7 +97,7 @@ def kill_self(trace: str = "", signum: int = 9):
     time.sleep(600)
 
 
-@flow(retries=1, retry_delay_seconds=float(os.environ.get("E2E_RETRY_DELAY", "1")))
+@flow(retries=1, retry_delay_seconds=int(os.environ.get("E2E_RETRY_DELAY", "1")))
 def retrying(trace: str):
     """Fails the first time, completes the second."""
     mark(trace)
@@ -152,6 +160,14 @@ def deaf(seconds: float = 600, trace: str = ""):
 
 
 @flow(**HOOKS)
+def hooked_deaf(hooks: str, seconds: float = 600, trace: str = ""):
+    """As `deaf`."""
+    ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))
+    mark(trace)
+    time.sleep(seconds)
+
+
+@flow(**HOOKS)
 def hooked_sleeper(hooks: str, seconds: float = 600, trace: str = ""):
     mark(trace)
     time.sleep(seconds)
@@ -163,14 +179,14 @@ async def hooked_async_sleeper(hooks: str, seconds: float = 600, trace: str = ""
     await asyncio.sleep(seconds)
 
 
-@flow(**HOOKS)
+@flow(**{**HOOKS, "on_crashed": [by_place]})
 def hooked_kill_self(hooks: str, signum: int = 9, trace: str = ""):
     mark(trace)
     os.kill(os.getpid(), signum)
     time.sleep(600)
 
 
-@flow(**HOOKS)
+@flow(**{**HOOKS, "on_crashed": [by_name]})
 def hooked_hard_exit(hooks: str, code: int = 3, trace: str = ""):
     mark(trace)
     os._exit(code)

@@ -1,0 +1,283 @@
+"""Runs that are cancelled, at whatever stage they are, and runs whose time is over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.agents import AgentProcess
+from tests.faultserver import Delay, ThreadedFaultServer, fault_server_thread, on
+from tests.servers import Api, PrefectServer
+from tests.waiting import lines, wait_until
+
+StartAgent = Callable[..., AgentProcess]
+
+
+@pytest.fixture
+def pool(api: Api) -> str:
+    return api.create_pool()
+
+
+@pytest.fixture
+def start_run(api: Api, pool: str, tmp_path: Path) -> Callable[..., str]:
+    """A due run of that flow in the pool, whose body leaves a line in the file TRACE/<run's name>."""
+
+    def start(
+        flow: str, parameters: Mapping[str, Any] | None = None, name: str | None = None, **deployment: Any
+    ) -> str:
+        trace = tmp_path / f"{name or flow}.trace"
+        wanted = {"trace": str(trace), **(parameters or {})}
+        return api.create_run(api.create_deployment(flow, pool=pool, **deployment), wanted)
+
+    return start
+
+
+@pytest.fixture
+def faults(prefect_server: PrefectServer) -> Iterator[ThreadedFaultServer]:
+    with fault_server_thread(prefect_server.url) as server:
+        yield server
+
+
+def wait_body(tmp_path: Path, name: str, timeout: float = 60) -> None:
+    """Until the body of that flow has begun."""
+    wait_until(lambda: lines(tmp_path / f"{name}.trace"), timeout, f"the flow {name} has begun")
+
+
+def alive(pids: Mapping[str, int]) -> dict[str, int]:
+    """Those which are still there, zombies left out."""
+    found = {}
+    for kind, pid in pids.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found[kind] = pid
+    return found
+
+
+def wait_gone(agent: AgentProcess) -> None:
+    """Newer engines report CANCELLED themselves and then still have to come to their end."""
+    wait_until(lambda: not agent.run_processes(), 15, "no process of a run is left", more=agent.log)
+
+
+def watch_to_the_end(api: Api, run_id: str, timeout: float = 60) -> Any:
+    """Asks without a pause, so that what we look at next is as it was when the server first showed the end."""
+    deadline = time.monotonic() + timeout
+    while (run := api.read_run(run_id))["state_name"] != "Cancelled":
+        assert time.monotonic() < deadline, api.story(run_id)
+    return run
+
+
+def test_runs_that_run_pause_or_wait_are_ended_by_either_form_of_cancelling(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    runs = {flow: start_run(flow) for flow in ("sleeper", "async_sleeper", "pauser", "retrying")}
+    runs["old form"] = start_run("sleeper", name="old form")
+    agent = agent_process(prefect_server, [{"pool": pool}], flows={"env": {"E2E_RETRY_DELAY": "600"}})
+    for name in runs:
+        wait_body(tmp_path, name, 90)
+    api.wait_for_state(runs["pauser"], "PAUSED")
+    api.wait_for_state(runs["retrying"], "SCHEDULED")
+    wait_until(lambda: api.read_run(runs["retrying"])["infrastructure_pid"], 10, "the server knows the process")
+    for name, run in runs.items():
+        if name == "old form":
+            api.set_state(run, "CANCELLED", "Cancelling", force=True)
+        else:
+            api.cancel(run)
+    for name, run in runs.items():
+        ended = watch_to_the_end(api, run)
+        assert ended["state_type"] == "CANCELLED", name
+        assert not {"CRASHED", "FAILED"} & {kind for kind, _ in api.states(run)}, f"{name}: {api.states(run)}"
+        assert len(lines(tmp_path / f"{name}.trace")) == 1, name
+    wait_gone(agent)
+    assert agent.stop() == 0
+
+
+def test_a_run_cancelled_between_claim_and_start_is_never_started(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    faults: ThreadedFaultServer,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    faults.rules.append(on("GET", r"/deployments/[^/]+", Delay(600)))  # how to start it stays unknown
+    run = start_run("hello")
+    agent = agent_process(prefect_server, [{"pool": pool}], api={"url": faults.url})
+    api.wait_for_state(run, "PENDING")
+    wait_until(lambda: faults.received["GET", "/deployments/{id}"], 10, "the agent asks how to start it")
+    api.cancel(run)
+    assert watch_to_the_end(api, run, 15)["state_type"] == "CANCELLED"
+    assert agent.stop() == 0
+    assert "started, process" not in agent.log()
+    assert lines(tmp_path / "hello.trace") == []
+
+
+def test_a_run_cancelled_while_its_engine_starts_never_begins(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    run = start_run("sleeper")
+    agent = agent_process(prefect_server, [{"pool": pool}])
+    agent.wait_for_log("started, process")
+    api.cancel(run)
+    watch_to_the_end(api, run, 30)
+    wait_gone(agent)
+    assert lines(tmp_path / "sleeper.trace") == []
+    assert agent.log().count("started, process") == 1
+
+
+def test_a_suspended_run_has_no_process_and_is_cancelled_all_the_same(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    run = start_run("suspender")
+    agent = agent_process(prefect_server, [{"pool": pool}])
+    wait_body(tmp_path, "suspender")
+    api.wait_for_state(run, "PAUSED")
+    wait_until(lambda: not agent.run_processes(), 30, "its process has ended")
+    agent.wait_for_log("exited with code")
+    api.cancel(run)
+    watch_to_the_end(api, run, 20)
+    assert [line.partition(" ")[2] for line in lines(tmp_path / "suspender.trace")] != ["resumed"]
+
+
+def test_when_the_server_shows_cancelled_no_child_of_the_run_lives(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    run = start_run("spawner", {"pids": str(tmp_path / "pids")})
+    agent = agent_process(prefect_server, [{"pool": pool}])
+    wait_body(tmp_path, "spawner")
+    pids = json.loads((tmp_path / "pids").read_text())
+    pids["engine"] = int(lines(tmp_path / "spawner.trace")[0].split()[1])
+    assert sorted(alive(pids)) == ["bare", "daemon", "engine", "group", "plain", "session"]
+    api.cancel(run)
+    watch_to_the_end(api, run)
+    left = alive(pids)
+    if prefect_server.major > 2:
+        left.pop("engine", None)  # it reported its end itself, and goes right after
+    assert left == {}
+    wait_gone(agent)
+    assert alive(pids) == {}
+
+
+def test_a_run_that_ignores_the_signal_is_killed_when_its_grace_is_over(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    run = start_run("deaf")
+    agent = agent_process(prefect_server, [{"pool": pool}], flows={"grace_seconds": 2})
+    wait_body(tmp_path, "deaf")
+    asked = time.monotonic()
+    api.cancel(run)
+    watch_to_the_end(api, run, 30)
+    assert time.monotonic() - asked > 2
+    wait_gone(agent)
+    agent.wait_for_log("ended by SIGKILL")
+    assert "outlived the grace of 2 s" in agent.log()
+
+
+def test_a_command_that_is_no_engine_is_cancelled_like_one(
+    prefect_server: PrefectServer, api: Api, agent_process: StartAgent, start_run: Callable[..., str], pool: str
+) -> None:
+    run = start_run("hello", job_variables={"command": "sleep 600"})
+    agent = agent_process(prefect_server, [{"pool": pool}])
+    agent.wait_for_log("started, process")
+    wait_until(lambda: [p.name() for p in agent.run_processes()] == ["sleep"], 10, "the command runs")
+    api.cancel(run)
+    watch_to_the_end(api, run, 20)
+    wait_gone(agent)
+
+
+def test_a_draining_agent_still_cancels(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    run = start_run("sleeper")
+    agent = agent_process(prefect_server, [{"pool": pool}])
+    wait_body(tmp_path, "sleeper")
+    agent.send(signal.SIGTERM)
+    agent.wait_for_log("waiting for 1 live run")
+    api.cancel(run)
+    assert agent.wait(30) == 0
+    assert api.read_run(run)["state_name"] == "Cancelled"
+
+
+def test_a_run_that_takes_too_long_is_cancelled_with_that_reason(
+    prefect_server: PrefectServer,
+    api: Api,
+    agent_process: StartAgent,
+    start_run: Callable[..., str],
+    pool: str,
+    tmp_path: Path,
+) -> None:
+    limit = 7 if prefect_server.major == 2 else 4  # a little longer than the engine takes to start
+    run = start_run("hooked_sleeper", {"hooks": str(tmp_path / "hooks")})
+    agent = agent_process(prefect_server, [{"pool": pool}], flows={"timeout_seconds": limit})
+    wait_body(tmp_path, "hooked_sleeper")
+    ended = api.wait_for_state(run, "CANCELLED")
+    reason = f"ran longer than timeout_seconds = {limit}."
+    wait_until(lambda: reason in api.read_run(run)["state"]["message"], 10, "the reason stands in its last state")
+    assert ended["state_name"] == "Cancelled"
+    assert agent.stop() == 0
+    assert lines(tmp_path / "hooks") == [f"cancellation {run} Cancelling"]
+
+
+def test_a_cancellation_at_the_very_end_never_makes_two_ends(
+    prefect_server: PrefectServer, api: Api, agent_process: StartAgent, pool: str, tmp_path: Path
+) -> None:
+    deployment = api.create_deployment("hooked_sleeper", pool=pool)
+    hooks, traces = tmp_path / "hooks", tmp_path / "traces"
+    runs = [api.create_run(deployment, {"seconds": 2, "hooks": str(hooks), "trace": str(traces)}) for _ in range(8)]
+    agent = agent_process(prefect_server, [{"pool": pool}], poll={"cancel_interval_seconds": 0.1})
+    # The first are cancelled as soon as they sleep, the last when they have ended, the others around their end.
+    after = {run: number * 0.5 for number, run in enumerate(runs)}
+    begun: dict[str, float] = {}
+    deadline = time.monotonic() + 90
+    while after:
+        assert time.monotonic() < deadline, agent.log()
+        for line in lines(traces):
+            begun.setdefault(line.split()[0], time.monotonic())
+        for run in [run for run, wait in after.items() if run in begun and time.monotonic() > begun[run] + wait]:
+            del after[run]
+            api.cancel(run)
+    ends = {run: api.wait_for_state(run, {"COMPLETED", "CANCELLED"})["state_name"] for run in runs}
+    assert agent.stop() == 0
+    assert {run: api.read_run(run)["state_name"] for run in runs} == ends, "an end was changed afterwards"
+    assert set(ends.values()) == {"Completed", "Cancelled"}
+    assert sorted(line.split()[0] for line in lines(traces)) == sorted(runs)
+    cancelled = [f"cancellation {run} Cancelling" for run in runs if ends[run] == "Cancelled"]
+    assert sorted(lines(hooks)) == sorted(cancelled)
