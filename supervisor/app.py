@@ -17,7 +17,7 @@ from supervisor.backend.base import Backend
 from supervisor.backend.http import HttpApi
 from supervisor.backend.rest.client import RestBackend
 from supervisor.config import Config, Work
-from supervisor.configsecrets import credentials
+from supervisor.config.secrets import credentials
 from supervisor.lifecycle import StopReason
 from supervisor.model import FlowRun
 from supervisor.process.channel import ControlChannel

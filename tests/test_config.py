@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.config import Agent, Api, Config, Flows, Poll, Work
-from supervisor.configfile import NoWorkNamed, credentials, load, warnings
-from supervisor.configkeys import KEYS
-from supervisor.configlayers import variable
-from supervisor.configlines import Lines
+from supervisor.config.file import NoWorkNamed, credentials, load, warnings
+from supervisor.config.keys import KEYS
+from supervisor.config.layers import variable
+from supervisor.config.lines import Lines
 from supervisor.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 from tests.agents import AgentProcess
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parent.parent / "supervisor"
-FLOORS = {  # a room is a module or package right under supervisor/; the configuration's files are one room
+FLOORS = {  # a room is a module or package right under supervisor/
     6: {"__main__"},
     5: {"cli"},
     4: {"app", "demo"},
@@ -31,8 +31,7 @@ MODULES = {path.relative_to(HOUSE).as_posix(): ast.parse(path.read_text()) for p
 def room(dotted: str) -> str:
     """The room of "supervisor.x.y" or "x/y.py"."""
     parts = dotted.removesuffix(".py").replace("/", ".").removeprefix("supervisor").strip(".").split(".")
-    first = parts[0] or "__init__"
-    return "config" if first.startswith("config") else first
+    return parts[0] or "__init__"
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

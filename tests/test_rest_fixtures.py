@@ -211,6 +211,7 @@ def test_both_forms_of_cancelling_are_found_in_one_request(version: str) -> None
     assert set(found) == {today["id"], old["id"]}
     assert found[today["id"]].type is StateType.CANCELLING
     assert found[old["id"]].type is StateType.CANCELLED
+    assert replay.bodies[0]["flow_runs"]["state"]["operator"] == "or_"  # without it the two conditions mean "and"
 
 
 def test_asking_about_no_runs_costs_no_request_and_about_many_one_for_each_two_hundred() -> None:

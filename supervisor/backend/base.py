@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from supervisor.model import Deployment, FlowRun, Job, LogRecord, Pool, Proposal, Queue, Server, State, Verdict
 

@@ -31,7 +31,7 @@ def check(
 
     Exits 0 when all of it can be used, 78 when the configuration has mistakes, 1 when server or interpreter have.
     """
-    from supervisor.configfile import load, warnings
+    from supervisor.config.file import load, warnings
     from supervisor.errors import ConfigError
 
     try:
@@ -54,7 +54,7 @@ def _ask(config: Config) -> list[Row]:
 
     from supervisor.app import connect
     from supervisor.cli.survey import survey
-    from supervisor.configfile import credentials
+    from supervisor.config.file import credentials
     from supervisor.process.interpreter import inspect
 
     async def main() -> list[Row]:

@@ -63,7 +63,7 @@ def start(
     Flags stand above FLOW_AGENT_* variables, these above the file. Queues, prefixes, pool and tags named here stand in
     for all [[work]] tables of the file.
     """
-    from supervisor.configfile import NoWorkNamed, load
+    from supervisor.config.file import NoWorkNamed, load
     from supervisor.errors import ConfigError, InterpreterError, StateDirectoryHeld
 
     work = _work(_queues(work_queue, work_queues), match or [], pool, tags or [])

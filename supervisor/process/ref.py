@@ -72,5 +72,7 @@ def alive(ref: ProcessRef) -> bool:
 
 def same(ref: ProcessRef) -> Stat | None:
     """What `/proc` says of that very process, zombies included; None when it is gone or the number is another's."""
+    if ref.boot_id != boot_id():
+        return None
     stat = read_stat(ref.pid)
     return stat if stat is not None and stat.start_ticks == ref.start_ticks else None

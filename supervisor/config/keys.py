@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from supervisor import configchecks as check
-from supervisor.configchecks import Place
+from supervisor.config import checks as check
+from supervisor.config.checks import Place
 
 
 class Kind(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """`agent.toml`, `FLOW_AGENT_*` variables and flags, made into one `Config`: flag > variable > file > default.
 
-What each source gives is read by `supervisor.configlayers`, what a key may hold is in `supervisor.configkeys`, secrets
-are in `supervisor.configsecrets`. Every mistake in any of them is reported at once.
+What each source gives is read by `supervisor.config.layers`, what a key may hold is in `supervisor.config.keys`, secrets
+are in `supervisor.config.secrets`. Every mistake in any of them is reported at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.config import Agent, Api, Config, Flows, Poll, Work
-from supervisor.configchecks import Place, find_program, url
-from supervisor.configkeys import KEYS
-from supervisor.configlayers import FILE_VARIABLE, Layer, Mistakes, from_environ, from_file, from_flags
-from supervisor.configsecrets import credentials, warnings
+from supervisor.config.checks import Place, find_program, url
+from supervisor.config.keys import KEYS
+from supervisor.config.layers import FILE_VARIABLE, Layer, Mistakes, from_environ, from_file, from_flags
+from supervisor.config.secrets import credentials, warnings
 from supervisor.errors import ConfigError
 
 __all__ = ["DEFAULT_FILE", "NoWorkNamed", "credentials", "load", "warnings"]

@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 import tomli
 
-from supervisor.configchecks import Place, words
-from supervisor.configkeys import KEYS, Kind
-from supervisor.configlines import Lines
-from supervisor.configsecrets import SECRET_VARIABLES
+from supervisor.config.checks import Place, words
+from supervisor.config.keys import KEYS, Kind
+from supervisor.config.lines import Lines
+from supervisor.config.secrets import SECRET_VARIABLES
 
 PREFIX = "FLOW_AGENT_"
 FILE_VARIABLE = "FLOW_AGENT_CONFIG"

@@ -1,4 +1,4 @@
-"""What `agent.toml` may say, as frozen structs; the reading of it is in `supervisor.configfile`.
+"""What `agent.toml` may say, as frozen structs; the reading of it is in `supervisor.config.file`.
 
 The field names are the file's keys. Durations are seconds.
 """
@@ -94,7 +94,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Credentials(msgspec.Struct, frozen=True, kw_only=True):
-    """What we show the server to be let in, read by `supervisor.configfile.credentials`. Never shows itself."""
+    """What we show the server to be let in, read by `supervisor.config.file.credentials`. Never shows itself."""
 
     api_key: str | None = None  # sent as a bearer token
     auth_string: str | None = None  # "user:password", sent as HTTP basic

@@ -1,0 +1,46 @@
+# make test    everything: lint, then all tests against real Prefect servers and engines
+# make lint    ruff and mypy
+# make demo    a Prefect server, the agent and three flow runs, shown live and removed again
+#
+# Nothing is installed outside .venv and the test cache (~/.cache/flow-agent-tests, or $FLOW_AGENT_TEST_CACHE).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint envs
+
+SERVERS := 3.8.8 2.20.26
+ENGINES := 3.4.25 3.6.29
+DEMO := 3.8.8
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+
+test: lint envs
+	$(VENV)/bin/python -m pytest --durations=15
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/flow-agent demo --python "$$($(VENV)/bin/python tests/envs.py $(DEMO))"
+
+envs: $(VENV)/.installed  # two at a time: pip unpacks with one core each
+	@printf '%s\n' $(SERVERS) $(ENGINES) | xargs -P 2 -n 1 $(VENV)/bin/python tests/envs.py >/dev/null
+
+# An older pip does not know dependency groups, so a new one comes first.
+$(VENV)/.installed: pyproject.toml
+	@if [[ -z "$(PYTHON)" ]]; then echo "cannot find Python 3.11 or later; on Debian and Ubuntu: apt install python3" >&2; exit 1; fi
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "cannot make a virtual environment: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --quiet --group dev
+	@touch $@
