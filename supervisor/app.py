@@ -21,6 +21,7 @@ from supervisor.config.secrets import credentials
 from supervisor.lifecycle import StopReason
 from supervisor.model import FlowRun
 from supervisor.process.channel import ControlChannel
+from supervisor.process.environ import inherited
 from supervisor.process.interpreter import Interpreters
 from supervisor.runs.canceller import Canceller
 from supervisor.runs.health import ServerHealth
@@ -57,7 +58,7 @@ def run(config: Config, *, run_once: bool = False, hide_welcome: bool = False) -
 async def connect(config: Config) -> AsyncIterator[Backend]:
     """A backend for the configured server. Opens no connection before the first call."""
     async with HttpApi.open(config.api, lambda: credentials(config.api, os.environ)) as api:
-        yield RestBackend(api)
+        yield RestBackend(api, inherited(os.environ, config.flows.pass_env))
 
 
 async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:

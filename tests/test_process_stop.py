@@ -20,6 +20,7 @@ from supervisor.process.environ import MARK
 from supervisor.process.launch import Child, launch
 from supervisor.process.ref import alive, identify
 from supervisor.process.stop import end, end_leftovers, interrupt_group, members, wait_gone
+from tests.waiting import wait_until
 
 # What the scripts below share. A process says its number once it is ready to be shot at.
 PRELUDE = """
@@ -50,6 +51,10 @@ def bare(script):
 """
 
 
+async def until(condition: Callable[[], bool], what: str) -> None:
+    await trio.to_thread.run_sync(lambda: wait_until(condition, 30, what, every=0.01))
+
+
 @dataclass
 class Zoo:
     """One run whose processes are `script`'s."""
@@ -65,10 +70,7 @@ class Zoo:
         output = self.folder / f"{self.run_id}.output"
         child = await launch([sys.executable, "-c", whole], env=env, cwd=self.folder, output=output)
         self.children.append(child)
-        with trio.move_on_after(30):
-            while len(self.told()) < ready:
-                await trio.sleep(0.01)
-        assert len(self.told()) >= ready, output.read_text()
+        await until(lambda: len(self.told()) >= ready, f"{ready} processes ready")
         return child
 
     @property
@@ -233,8 +235,7 @@ def test_a_stopped_run_still_gets_its_chance_to_end_itself(tmp_path: Path) -> No
 
     async def visit(z: Zoo) -> None:
         child = await z.open(script, 1)
-        while psutil.Process(child.ref.pid).status() != psutil.STATUS_STOPPED:
-            await trio.sleep(0.01)
+        await until(lambda: psutil.Process(child.ref.pid).status() == psutil.STATUS_STOPPED, "stopped")
         assert await end(child.ref, z.run_id, grace=10) == 0
         assert await child.wait() == Exit(code=3)
 
@@ -296,8 +297,7 @@ def test_a_run_that_is_gone_already_costs_no_wait(tmp_path: Path) -> None:
 def test_a_leader_that_nobody_has_waited_for_hangs_nothing_and_its_group_is_reached(tmp_path: Path) -> None:
     async def visit(z: Zoo) -> None:
         child = await z.open("child(lambda: (deaf(), live())); ready()", 2)
-        os.waitid(os.P_PID, child.ref.pid, os.WEXITED | os.WNOWAIT)
-        assert psutil.Process(child.ref.pid).status() == psutil.STATUS_ZOMBIE
+        await until(lambda: psutil.Process(child.ref.pid).status() == psutil.STATUS_ZOMBIE, "ended")
         assert len(await members(child.ref, "known by its group alone")) == 1
         assert interrupt_group(child.ref, signal.SIGCONT)
         assert await end(child.ref, z.run_id, grace=0.1) == 1

@@ -97,6 +97,8 @@ def inherited(
 
 
 def _may_have(name: str, pass_env: Sequence[str]) -> bool:
+    if _matches(name, _NEVER):
+        return False
     if name in pass_env:
         return True
     if _matches(name, _BY_NAME_ONLY) or _SECRET_SETTING.match(name):

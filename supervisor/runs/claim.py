@@ -75,6 +75,10 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
         if run.state.type is StateType.PENDING:
             return Ours(run.state)
         return NotOurs(reason=f"it became {run.state.name} while its claim was in doubt")
+    if in_doubt and run.state_type is StateType.CANCELLING and run.infrastructure_pid == offer.infrastructure_pid:
+        # Only a run that was claimed becomes Cancelling, and nobody has started a process for it since: most likely our
+        # claim was stored and cancelled before we heard of it. Who else would end it?
+        return Ours(run.state)
     if run.state_id != offer.state_id:
         return NotOurs(reason=f"it is {run.state_name} by now", expected=True)
     if run.retry_in_process:

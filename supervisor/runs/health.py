@@ -8,6 +8,8 @@ import trio
 
 from supervisor.errors import BackendError, LostAnswer, NotFound, Refused, ServerTrouble, Unauthorized
 
+QUIET_SECONDS = 1.0  # several calls that fail together are one hiccup, not an outage
+
 _log = logging.getLogger("flow-agent")
 
 
@@ -18,12 +20,13 @@ class ServerHealth:
         self._url = url
         self._failures = 0
         self._lost_at: float | None = None
-        self._said: str | None = None
+        self._said: set[str] = set()  # of "outage" and "credentials": what has been said of this loss
+        self._kind = ""  # the one that the last failure was about
         self._last_poll: float | None = None
 
     @property
     def lost(self) -> bool:
-        return self._said is not None
+        return bool(self._said)
 
     def polled(self) -> None:
         """A poll for work went well."""
@@ -32,10 +35,11 @@ class ServerHealth:
 
     def answered(self) -> None:
         """The server gave an answer of its own."""
-        if self._said is not None and self._lost_at is not None:
+        if self._said and self._lost_at is not None:
             _log.info("the server at %s answers again after %s", self._url, span(trio.current_time() - self._lost_at))
         self._failures = 0
-        self._lost_at = self._said = None
+        self._lost_at = None
+        self._said.clear()
 
     def failed(self, error: BackendError) -> None:
         """A call failed. Says so once for an outage, and once more when it turns out to be about credentials."""
@@ -45,13 +49,14 @@ class ServerHealth:
         self._failures += 1
         if self._lost_at is None:
             self._lost_at = trio.current_time()
-        # One 503 or one dropped connection is everyday life with a server on SQLite: not worth a line yet.
-        if isinstance(error, ServerTrouble | LostAnswer) and self._failures < 2:
+        # A few 503s or dropped connections are everyday life with a server on SQLite: not worth a line yet.
+        passing = self._failures < 2 or trio.current_time() - self._lost_at < QUIET_SECONDS
+        if isinstance(error, ServerTrouble | LostAnswer) and passing:
             return
-        kind = "credentials" if isinstance(error, Unauthorized) else "outage"
-        if self._said == kind:
+        self._kind = kind = "credentials" if isinstance(error, Unauthorized) else "outage"
+        if kind in self._said:
             return
-        self._said = kind
+        self._said.add(kind)
         if kind == "credentials":
             _log.error(
                 "the server at %s refuses our credentials: %s. Check api.api_key_file or api.auth_string_file; "
@@ -67,8 +72,8 @@ class ServerHealth:
     def describe(self) -> str:
         """For the status line: when we last polled, or since when the server has been away."""
         now = trio.current_time()
-        if self._said is not None and self._lost_at is not None:
-            what = "server refuses our credentials" if self._said == "credentials" else "server away"
+        if self._said and self._lost_at is not None:
+            what = "server refuses our credentials" if self._kind == "credentials" else "server away"
             return f"{what} for {span(now - self._lost_at)}"
         return "no poll yet" if self._last_poll is None else f"last poll {span(now - self._last_poll)} ago"
 

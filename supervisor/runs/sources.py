@@ -73,21 +73,24 @@ class Source:
     async def _ask_each_queue(self, before: datetime, limit: int) -> list[FlowRun]:
         """Agent-style queues are asked one by one, so that one that fails does not stop the others."""
         found: list[FlowRun] = []
-        failures: list[BackendError] = []
+        failures: list[tuple[Queue, BackendError]] = []
         for queue in self._queues:
             try:
                 found += await self._backend.due_in_queue(queue.id, before=before, limit=limit)
             except (Unreachable, Unauthorized):
                 raise  # about the server, not about this queue
             except BackendError as error:
-                failures.append(error)
-                self._say(queue.id, f"cannot ask work queue '{queue.name}': {error}", logging.WARNING)
+                failures.append((queue, error))
                 if isinstance(error, NotFound):
                     self._read_at = None
             else:
-                self._unsay(queue.id)
+                if self._unsay(queue.id):
+                    _log.info("work queue '%s' can be asked again", queue.name)
         if failures and len(failures) == len(self._queues):
-            raise failures[0]
+            raise failures[0][1]  # likely about the server, too: the caller says so
+        for queue, error in failures:
+            if queue.id not in self._said:  # whatever the next failure's words are
+                self._say(queue.id, f"cannot ask work queue '{queue.name}': {error}", logging.WARNING)
         return found
 
     # --- looking things up -------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ class Source:
         elif self.work.match:
             self._matched(await self._backend.match_queues(self.work.match))
         else:
-            self._queues = [queue for name in self.work.queues if (queue := await self._named_queue(name)) is not None]
+            self._queues = await self._named_queues()
         for queue in self._queues:
             self._announce_pause(f"work queue '{queue.name}'", paused=queue.is_paused)
 
@@ -139,6 +142,27 @@ class Source:
 
         what = f"work queue '{name}' in work pool '{pool}'"
         return await self._found(what, missing, lambda: self._backend.create_pool_queue(pool, name))
+
+    async def _named_queues(self) -> list[Queue]:
+        """Looked up one by one: one that cannot be looked up stays as it was, and does not stop the others."""
+        known = {queue.name: queue for queue in self._queues}
+        found: list[Queue | None] = []
+        failures: list[BackendError] = []
+        for name in self.work.queues:
+            about = f"look-up of {name}"
+            try:
+                found.append(await self._named_queue(name))
+                self._unsay(about)
+            except (Unreachable, Unauthorized):
+                raise  # about the server, not about this queue
+            except BackendError as error:
+                failures.append(error)
+                found.append(known.get(name))
+                if len(self.work.queues) > 1 and about not in self._said:
+                    self._say(about, f"cannot look up work queue '{name}': {error}", logging.WARNING)
+        if len(failures) == len(self.work.queues):
+            raise failures[0]
+        return [queue for queue in found if queue is not None]
 
     async def _named_queue(self, name: str) -> Queue | None:
         if self.work.tags:

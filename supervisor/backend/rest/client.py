@@ -23,8 +23,10 @@ class RestBackend:
     Mutable state, changed here only: which server answered `hello`, and that it has no place for events.
     """
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, environ: Mapping[str, str] | None = None) -> None:
+        """`environ` is what `{{ $NAME }}` in a base job template may be filled from."""
         self._api = api
+        self._environ = dict(environ or {})
         self._server: Server | None = None
         self._events = True
 
@@ -104,7 +106,7 @@ class RestBackend:
         return await runs.propose(self._api, run_id, proposal)
 
     async def job(self, run: FlowRun) -> Job:
-        return await read_job(self._api, run, await self.generation())
+        return await read_job(self._api, run, await self.generation(), environ=self._environ)
 
     async def patch_infrastructure(self, run_id: str, pid: str) -> None:
         await runs.patch_infrastructure(self._api, run_id, pid)

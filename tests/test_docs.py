@@ -1,0 +1,79 @@
+"""What the pages say is true: their examples load, their commands exist, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from supervisor.config.file import load
+
+TOP = Path(__file__).parent.parent
+PAGES = sorted([TOP / "README.md", *(TOP / "docs").rglob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Every `flow-agent …` line of a console block, and every one in a table or sentence that names an argument."""
+    console = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]
+    quoted = re.findall(r"`(flow-agent [a-z][^`]*)`", page.read_text())
+    return [line for line in [*console, *quoted] if re.search(r"(^|/)flow-agent ", line) and "…" not in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(TOP).as_posix())
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for path in re.findall(r"`((?:docs|tests|supervisor|examples|benchmarks)/[\w./-]+)`", page.read_text()):
+        assert (TOP / path).exists(), f"{page.name} names {path}"
+    for path in re.findall(r"`((?:runs|process|backend|systemd|cli|config)/[\w.]*)`", page.read_text()):
+        assert (TOP / "supervisor" / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_readmes_configuration_is_accepted(tmp_path: Path) -> None:
+    [example] = blocks(TOP / "README.md", "toml")
+    file = tmp_path / "agent.toml"
+    file.write_text(example.replace("/srv/flows/venv/bin/python", sys.executable))
+    config = load(file, environ={"HOME": str(tmp_path)})
+    assert config.work[0].pool == "my-pool"
+
+
+@pytest.mark.parametrize(
+    "command", sorted({command for page in PAGES for command in commands(page)}), ids=lambda text: text[-60:]
+)
+def test_every_command_in_the_pages_takes_the_arguments_it_is_shown_with(command: str) -> None:
+    words = shlex.split(command)
+    arguments = words[next(place for place, word in enumerate(words) if word.endswith("flow-agent")) + 1 :]
+    # --help as the last word parses everything before it and does nothing.
+    shown = subprocess.run(
+        [sys.executable, "-m", "supervisor", *arguments, "--help"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert shown.returncode == 0, shown.stderr
+    unknown = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in shown.stdout]
+    assert not unknown
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    makefile = (TOP / "Makefile").read_text()
+    for target in re.findall(r"^\$ make (\w+)", (TOP / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    page = (TOP / "docs" / "architecture.md").read_text()
+    rooms = {
+        path.name.removesuffix(".py")
+        for path in (TOP / "supervisor").iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    }
+    for room in sorted(rooms - {"__init__", "__pycache__", "py.typed"}):
+        assert re.search(rf"\b{room}\b", page), f"docs/architecture.md does not name {room}"
