@@ -35,7 +35,7 @@ from tests.faultserver import (
     on,
     wrong_json,
 )
-from tests.invariants import check_runs, executions
+from tests.invariants import check_agent, check_runs, executions
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until
 
@@ -143,6 +143,24 @@ def test_faults_at_each_step_of_a_run_change_neither_its_one_execution_nor_its_e
     cancel_once_begun(api, cancelled, trace, agent)
     check_runs(api, [agent], trace, ends | dict.fromkeys(cancelled, "CANCELLED"), 90)
     assert [rule.fault for rule in faults.rules if not rule.hits] == []
+
+
+def test_a_run_cancelled_while_its_claim_is_in_doubt_is_not_started_and_not_left_open(
+    api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
+) -> None:
+    pool, trace = api.create_pool(), tmp_path / "trace"
+    run_id = api.create_run(api.create_deployment("hello", pool=pool), {"trace": str(trace)})
+    claim = proposing(faults, run_id, "PENDING", LoseAnswer())
+    unread = Rule(lambda _, path: claim.hits > 0 and path == f"/flow_runs/{run_id}", Status(503))
+    faults.rules += [claim, unread]
+    agent = agent_behind(pool=pool)
+    wait_until(lambda: unread.hits, 30, "the agent is in doubt", more=agent.log)
+    api.cancel(run_id)
+    assert api.state(run_id) == "CANCELLING"
+    faults.rules.clear()
+    api.wait_for_state(run_id, "CANCELLED", 30)
+    check_agent(agent)
+    assert not executions(trace)
 
 
 def cancel_once_begun(api: Api, runs: Collection[str], trace: Path, agent: AgentProcess) -> None:

@@ -168,6 +168,8 @@ live()
 def test_nothing_of_a_run_lives_on(tmp_path: Path, script: str, processes: int, killed: int) -> None:
     async def visit(z: Zoo) -> None:
         child = await z.open(script, processes)
+        if script == ORPHANED_DAEMON:
+            await child.wait()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child.wait)
             assert await end(child.ref, z.run_id, grace=0.2) == killed

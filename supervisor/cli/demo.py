@@ -9,7 +9,7 @@ import typer
 
 def demo(python: Path | None) -> int:
     """Shows it and returns the exit status: 0 when all three runs ended as they should have."""
-    from supervisor.demo import run
+    from supervisor.demo.show import run
     from supervisor.errors import FlowAgentError
 
     try:

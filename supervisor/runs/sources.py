@@ -88,9 +88,9 @@ class Source:
                     _log.info("work queue '%s' can be asked again", queue.name)
         if failures and len(failures) == len(self._queues):
             raise failures[0][1]  # likely about the server, too: the caller says so
-        for queue, error in failures:
+        for queue, failure in failures:
             if queue.id not in self._said:  # whatever the next failure's words are
-                self._say(queue.id, f"cannot ask work queue '{queue.name}': {error}", logging.WARNING)
+                self._say(queue.id, f"cannot ask work queue '{queue.name}': {failure}", logging.WARNING)
         return found
 
     # --- looking things up -------------------------------------------------------------------------------------------
@@ -147,21 +147,21 @@ class Source:
         """Looked up one by one: one that cannot be looked up stays as it was, and does not stop the others."""
         known = {queue.name: queue for queue in self._queues}
         found: list[Queue | None] = []
-        failures: list[BackendError] = []
+        failures: list[tuple[str, BackendError]] = []
         for name in self.work.queues:
-            about = f"look-up of {name}"
             try:
                 found.append(await self._named_queue(name))
-                self._unsay(about)
+                self._unsay(f"look-up of {name}")
             except (Unreachable, Unauthorized):
                 raise  # about the server, not about this queue
             except BackendError as error:
-                failures.append(error)
+                failures.append((name, error))
                 found.append(known.get(name))
-                if len(self.work.queues) > 1 and about not in self._said:
-                    self._say(about, f"cannot look up work queue '{name}': {error}", logging.WARNING)
         if len(failures) == len(self.work.queues):
-            raise failures[0]
+            raise failures[0][1]
+        for name, failure in failures:
+            if f"look-up of {name}" not in self._said:
+                self._say(f"look-up of {name}", f"cannot look up work queue '{name}': {failure}", logging.WARNING)
         return [queue for queue in found if queue is not None]
 
     async def _named_queue(self, name: str) -> Queue | None:

@@ -129,6 +129,14 @@ time.sleep(600)
 """
 
 
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").close()
+time.sleep(600)
+"""
+
+
 @flow
 def spawner(pids: str, seconds: float = 600, trace: str = ""):
     """Starts children that get away from a plain kill and writes {kind: pid} as JSON to the file `pids`."""
@@ -140,9 +148,10 @@ def spawner(pids: str, seconds: float = 600, trace: str = ""):
         else subprocess.Popen(sleep, preexec_fn=os.setpgrp).pid,
         "session": subprocess.Popen(sleep, start_new_session=True).pid,
         "bare": subprocess.Popen(sleep, env={}).pid,  # without the run's mark: only the process tree tells
+        "deaf": subprocess.Popen([sys.executable, "-S", "-c", DEAF, f"{pids}.deaf"]).pid,
     }
     subprocess.run([sys.executable, "-S", "-c", DAEMON, f"{pids}.daemon"], check=True)
-    while not Path(f"{pids}.daemon").exists():
+    while not (Path(f"{pids}.daemon").exists() and Path(f"{pids}.deaf").exists()):
         time.sleep(0.02)
     children["daemon"] = int(Path(f"{pids}.daemon").read_text())
     Path(f"{pids}.part").write_text(json.dumps(children))
