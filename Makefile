@@ -1,5 +1,6 @@
 # make test    everything: lint, then all tests against real Prefect servers and engines
 # make lint    ruff and mypy
+# make bench   flow-agent beside the real Prefect worker, in one session, as ratios
 # make demo    a Prefect server, the agent and three flow runs, shown live and removed again
 #
 # Nothing is installed outside .venv and the test cache (~/.cache/flow-agent-tests, or $FLOW_AGENT_TEST_CACHE).
@@ -7,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint envs
+.PHONY: bench demo test lint envs
 
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/flow-agent demo --python "$$($(VENV)/bin/python tests/envs.py $(DEMO))"
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python -m benchmarks.idle_memory
 
 envs: $(VENV)/.installed  # two at a time: pip unpacks with one core each
 	@printf '%s\n' $(SERVERS) $(ENGINES) | xargs -P 2 -n 1 $(VENV)/bin/python tests/envs.py >/dev/null

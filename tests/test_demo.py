@@ -119,9 +119,9 @@ def test_the_table_shows_what_is_known_of_each_run() -> None:
     done = History("done", created, (entered("PENDING", "Pending", 1), running, entered("COMPLETED", "Completed", 4)))
     never = History("never", created, (entered("PENDING", "Pending", 1), entered("CRASHED", "Crashed", 2)))
     assert table([done, History("stuck", created, (running,)), never, History("new", created, ())]) == [
-        "flow   ended as               started after  ran for",
-        "done   Completed              1.50 s         2.50 s",
-        "stuck  not ended (Running)    1.50 s         -",
-        "never  Crashed                -              -",
-        "new    not ended (no state)   -              -",
+        "flow   ended as              started after  ran for",
+        "done   Completed             1.50 s         2.50 s",
+        "stuck  not ended (Running)   1.50 s         -",
+        "never  Crashed               -              -",
+        "new    not ended (no state)  -              -",
     ]

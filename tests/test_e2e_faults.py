@@ -67,7 +67,6 @@ def agent_behind(
             api={"url": faults.url, "timeout_seconds": TIMEOUT},
             poll={"max_backoff_seconds": 2},
             flows={"env": {"PREFECT_API_URL": prefect_server.url}, "grace_seconds": 3},
-            wait=False,
         )
         started.append(agent)
         return agent

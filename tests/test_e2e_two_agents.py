@@ -22,10 +22,7 @@ Start = Callable[..., AgentProcess]
 
 def two_agents(start: Start, server: PrefectServer, work: dict[str, Any], **flows: Any) -> list[AgentProcess]:
     """Two agents on the same work, polling as one; neither can take all of it."""
-    return [
-        start(server, [work], agent={"name": f"agent-{number}", "limit": 3}, flows=flows, wait=False)
-        for number in (1, 2)
-    ]
+    return [start(server, [work], agent={"name": f"agent-{number}", "limit": 3}, flows=flows) for number in (1, 2)]
 
 
 def taken(agent: AgentProcess) -> set[str]:

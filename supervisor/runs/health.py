@@ -23,6 +23,7 @@ class ServerHealth:
         self._said: set[str] = set()  # of "outage" and "credentials": what has been said of this loss
         self._kind = ""  # the one that the last failure was about
         self._last_poll: float | None = None
+        self.answers = 0  # how often the server has answered, whatever was asked
 
     @property
     def lost(self) -> bool:
@@ -35,6 +36,7 @@ class ServerHealth:
 
     def answered(self) -> None:
         """The server gave an answer of its own."""
+        self.answers += 1
         if self._said and self._lost_at is not None:
             _log.info("the server at %s answers again after %s", self._url, span(trio.current_time() - self._lost_at))
         self._failures = 0

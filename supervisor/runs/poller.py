@@ -18,6 +18,7 @@ from supervisor.systemd.watchdog import Pulse
 MAX_OFFERS = 200  # the servers' page limit
 SPARE_OFFERS = 10  # asked for beyond the free slots, so that offers we must drop do not hide those we may take
 WAKE_SECONDS = 0.1  # slots freed within it share one poll
+ALONE_AFTER = 3  # polls in a row that failed although others were answered: it is about this source, not the server
 
 _log = logging.getLogger("flow-agent")
 
@@ -45,6 +46,8 @@ class Poller:
         self._backoff = Backoff(poll.interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
         self._dropped = 0
         self._said: str | None = None
+        self._alone = 0  # failures in a row between which the server answered something else
+        self._answers = 0  # how often it had answered at the last of them
 
     async def run(self) -> None:
         """Polls until cancelled."""
@@ -70,19 +73,32 @@ class Poller:
         try:
             offers = await self._source.due(before=before, limit=limit)
         except BackendError as error:
-            self._health.failed(error)
-            self._backoff.failed(error)
-            self._say_refusal(error)
+            self._failed(error)
             return False
+        if self._said is not None:
+            _log.info("taking runs from %s again", self._source)
         self._health.polled()
         self._backoff.succeeded()
-        self._said = None
+        self._said, self._alone = None, 0
         # Dropped offers come back at every poll; the next one must look past them.
         self._dropped = sum(not self._roster.admit(offer, self._source) for offer in offers)
         return True
 
-    def _say_refusal(self, error: BackendError) -> None:
-        """Outages are said by `ServerHealth`; what the server has against this source is said here, once."""
-        if isinstance(error, NotFound | Refused) and self._said != str(error):
-            self._said = str(error)
-            _log.warning("cannot take runs from %s: %s", self._source, error)
+    def _failed(self, error: BackendError) -> None:
+        """Outages are said by `ServerHealth`; what the server has against this source alone is said here, once."""
+        others_were_answered = self._health.answers > self._answers
+        self._alone = self._alone + 1 if others_were_answered or not self._backoff.failing else 0
+        self._backoff.failed(error)
+        if isinstance(error, NotFound | Refused):
+            self._health.failed(error)
+            if self._said != str(error):
+                self._say(error)
+        elif self._alone < ALONE_AFTER:
+            self._health.failed(error)
+        elif self._said is None:  # the next failure's words may be others
+            self._say(error)
+        self._answers = self._health.answers
+
+    def _say(self, error: BackendError) -> None:
+        self._said = str(error)
+        _log.warning("cannot take runs from %s: %s", self._source, error)
