@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import trio.testing
 
@@ -139,10 +140,17 @@ def autojump_clock() -> trio.testing.MockClock:
     return trio.testing.MockClock(autojump_threshold=0)
 
 
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return Path(process.environ()["TMPDIR"]).is_relative_to(_SESSION)
+    except (psutil.Error, KeyError):
+        return False
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the session when processes are left, and in CI when anything was skipped."""
-    strays = processes_with("TMPDIR", str(_SESSION))
+    strays = [process for process in processes_with("TMPDIR") if _is_ours(process)]
     for process in strays:
         print(f"\nleft behind by the tests: {process.pid} {' '.join(process.cmdline())}", file=sys.stderr)
         process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_an_agent_whose_event_loop_hangs_is_silent_until_it_goes_on(
 
 
 def test_ready_is_not_said_by_an_agent_that_cannot_start(agent_process: StartAgent, server_3: PrefectServer) -> None:
-    wrong = config(server_3.url, server_3) | {"flows": {"python": "/no/such/python"}}
+    wrong = config(server_3.url, server_3) | {"flows": {"python": sys.executable}}  # it has no Prefect
     agent = agent_process(config=wrong, wait=False)
     assert agent.wait(30) == 78
     assert agent.notify.messages == []

@@ -464,7 +464,7 @@ def test_events_are_taken_by_3_and_left_alone_by_2(prefect_server: PrefectServer
             }
         }
         with trio.fail_after(30):  # the server stores them a moment later
-            while len(held := (await scene.api.post("/events/filter", question))["events"]) < 2:  # noqa: ASYNC110
+            while len(held := (await scene.api.post("/events/filter", question))["events"]) < 2:
                 await trio.sleep(0.1)
         assert {event["id"]: event["follows"] for event in held} == {first: None, second: first}
 

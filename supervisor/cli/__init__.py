@@ -34,7 +34,7 @@ app.command()(version)
 def _demo(
     python: Annotated[
         Path | None,
-        typer.Option(help="A Python with Prefect for server and flows. Without it one is installed for the demo."),
+        typer.Option(help="A Python with Prefect 3, for server and flows. [default: that of the configuration]"),
     ] = None,
 ) -> None:
     """Show the agent at work.
