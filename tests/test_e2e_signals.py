@@ -83,6 +83,19 @@ def test_the_second_signal_or_sigquit_cancels_live_runs(
     assert agent.run_processes() == []
 
 
+@pytest.mark.parametrize(("fail", "end"), [(False, "COMPLETED"), (True, "FAILED")], ids=["completed", "failed"])
+def test_an_end_that_the_engine_has_reported_is_never_overwritten(
+    api: Api, pool: str, agent_process: StartAgent, fail: bool, end: str
+) -> None:
+    run = api.create_run(api.create_deployment("lingering", pool=pool), {"fail": fail})
+    agent = agent_process(api.server, [{"pool": pool}], flows={"grace_seconds": 3})
+    api.wait_for_state(run, end)
+    agent.send(signal.SIGQUIT)
+    assert agent.wait(30) == 0
+    assert "cancelling 1 live run" in agent.log()
+    assert api.states(run)[-1][0] == end, api.story(run)
+
+
 @pytest.mark.parametrize("reachable", [True, False], ids=["with-server", "without-server"])
 def test_the_third_signal_kills_and_goes_even_when_nobody_can_be_told(
     api: Api, live_run: Callable[..., tuple[AgentProcess, str]], reachable: bool
@@ -106,11 +119,10 @@ def test_a_signal_that_is_delivered_twice_within_a_millisecond_counts_once(
     api: Api, live_run: Callable[..., tuple[AgentProcess, str]]
 ) -> None:
     agent, run = live_run("sleeper", 2)
-    first = time.monotonic()
-    agent.send(signal.SIGTERM)
-    while time.monotonic() < first + 0.001:  # at once, the kernel would make one signal of both
-        pass
-    agent.send(signal.SIGTERM)
+    # One right behind the other they would be one already to the kernel.
+    for number in range(20):
+        wait_until(lambda due=time.monotonic() + 0.001 * bool(number): time.monotonic() > due, 1, "a moment", every=0)
+        agent.send(signal.SIGTERM)
     assert agent.wait() == 0
     assert api.state(run) == "COMPLETED"
 

@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -46,12 +46,16 @@ async def members(ref: ProcessRef | None, run_id: str) -> list[psutil.Process]:
     return found
 
 
-def _sweep(ref: ProcessRef | None, run_id: str) -> list[Stat]:
-    """One look at all of /proc. Zombies are left out, and so is this process."""
+def _sweep(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef] = ()) -> list[Stat]:
+    """One look at all of /proc. Zombies are left out, and so is this process.
+
+    `known` are those that an earlier look found: one of them may have lost, with its parent, all that showed whose it is.
+    """
     table = {pid: stat for pid in psutil.pids() if (stat := read_stat(pid)) is not None and stat.living}
     table.pop(os.getpid(), None)
     mark = f"{MARK}={run_id}".encode()
     ours = {pid for pid, stat in table.items() if _led_by(ref, stat) or _marked(pid, mark)}
+    ours.update(old.pid for old in known if old.pid in table and _ref(table[old.pid]) == old)
     children: dict[int, list[int]] = {}
     for stat in table.values():
         children.setdefault(stat.parent, []).append(stat.pid)
@@ -143,9 +147,10 @@ async def end(ref: ProcessRef | None, run_id: str, *, grace: float) -> int:
     A process that not even SIGKILL ends (waiting for a dead disk or file server) is waited for, however long: nobody
     may say that a run has ended while a process of it lives. Give up by cancelling.
     """
-    if await _ask_to_go(ref, run_id, grace):
+    asked: set[ProcessRef] = set()
+    if await _ask_to_go(ref, run_id, grace, asked):
         return 0
-    return await _kill(ref, run_id)
+    return await _kill(ref, run_id, asked)
 
 
 async def end_leftovers(run_id: str, ref: ProcessRef | None, *, grace: float = LEFTOVER_GRACE) -> int:
@@ -168,12 +173,14 @@ async def wait_gone(refs: Iterable[ProcessRef], timeout: float) -> bool:  # noqa
     return not any(alive(ref) for ref in refs)
 
 
-async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float) -> bool:
-    """SIGTERM to all, also to those that turn up meanwhile, each once. Whether all were gone within `grace` seconds."""
+async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float, asked: set[ProcessRef]) -> bool:
+    """SIGTERM to all, also to those that turn up meanwhile, each once. Whether all were gone within `grace` seconds.
+
+    Who was asked is added to `asked`.
+    """
     deadline = trio.current_time() + grace
-    asked: set[ProcessRef] = set()
     while True:
-        living = await _look(ref, run_id)
+        living = await _look(ref, run_id, asked)
         if not living:
             return True
         new = [stat for stat in living if _ref(stat) not in asked]
@@ -190,11 +197,11 @@ async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float) -> bool:
         await wait_gone([_ref(stat) for stat in living], left)
 
 
-async def _kill(ref: ProcessRef | None, run_id: str) -> int:
+async def _kill(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef]) -> int:
     killed: set[ProcessRef] = set()
     pause = _SETTLE
     said = False
-    while living := await _look(ref, run_id):
+    while living := await _look(ref, run_id, {*known, *killed}):
         if ref is not None:
             interrupt_group(ref, signal.SIGKILL)  # first all at one stroke: nobody can fork away from under it
         refs = [_ref(stat) for stat in living]
@@ -216,14 +223,14 @@ async def _kill(ref: ProcessRef | None, run_id: str) -> int:
     return len(killed)
 
 
-async def _look(ref: ProcessRef | None, run_id: str) -> Sequence[Stat]:
+async def _look(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef] = ()) -> Sequence[Stat]:
     """The run's living processes. Nobody is there only when two looks in a row find nobody.
 
     A look takes a few milliseconds; a process that forks and exits meanwhile can have its child at a place already
     passed, once. Not cancelled halfway: the thread is never left behind.
     """
     for _ in range(2):
-        if found := await trio.to_thread.run_sync(_sweep, ref, run_id):
+        if found := await trio.to_thread.run_sync(_sweep, ref, run_id, frozenset(known)):
             return found
     return ()
 

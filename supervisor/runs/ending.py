@@ -23,7 +23,7 @@ from supervisor.lifecycle import (
     hook_owed,
 )
 from supervisor.logs import last_lines
-from supervisor.model import Answer, FlowRun, Job, Proposal, StateType
+from supervisor.model import Answer, FlowRun, Job, Proposal, State, StateType
 from supervisor.runs.kit import Kit
 
 TURNS = 5  # how often a report that the server refuses is thought over again, because the run moved meanwhile
@@ -97,13 +97,19 @@ class Ending:
         except Refused as error:
             self._log.error("the server does not take the state %s: %s", report.type.value, error)
             return True
-        if verdict.answer is not Answer.ACCEPT and not _is_ours(verdict.state, proposal):
+        heard = verdict.answer is Answer.ACCEPT or _made_by(proposal, verdict.state) or await self._stored(proposal)
+        if not heard:
             self._log.info("the server keeps another state than %s: %s", report.type.value, verdict.reason)
             return False
         self._log.log(_LEVELS.get(report.type, logging.INFO), "reported %s: %s", report.type.value, report.message)
         if report.type is not StateType.CANCELLED:
             await self._kit.teller.bad_end(self._offer.id, self._words(report))
         return True
+
+    async def _stored(self, proposal: Proposal) -> bool:
+        """Whether the run is in the state we proposed: the server only says "already terminal" when asked again."""
+        run, _ = await self.look(Facts())
+        return run is not None and _made_by(proposal, run.state)
 
     def _words(self, report: Report) -> str:
         lines = last_lines(self._output) if report.show_output else []
@@ -121,9 +127,9 @@ class Ending:
 _LEVELS = {StateType.CRASHED: logging.ERROR, StateType.FAILED: logging.ERROR}
 
 
-def _is_ours(state: object, proposal: Proposal) -> bool:
+def _made_by(proposal: Proposal, state: State | None) -> bool:
     """A state with our transition id is our own report, whose answer was lost the first time."""
-    return getattr(state, "transition_id", None) == proposal.transition_id
+    return state is not None and state.transition_id == proposal.transition_id
 
 
 def engine_ran_hooks(output: Path) -> bool:

@@ -26,7 +26,7 @@ from supervisor.lifecycle import (
     StopReason,
     step,
 )
-from supervisor.model import FlowRun, Job, Proposal, StateType
+from supervisor.model import Answer, FlowRun, Job, Proposal, StateType
 from supervisor.process.channel import Intent, Session
 from supervisor.process.launch import Child
 from supervisor.process.stop import end, end_leftovers
@@ -91,9 +91,13 @@ class Run:
         """From the claim to the end. Never raises for anything that concerns only this run."""
         assert isinstance(self._phase, Claiming)
         kit = self._kit
-        settled = await claim(
-            kit.backend, self._offer, self._phase.transition_id, patience=kit.patience, health=kit.health
-        )
+        try:
+            settled = await claim(
+                kit.backend, self._offer, self._phase.transition_id, patience=kit.patience, health=kit.health
+            )
+        except Exception:  # noqa: BLE001 - as below; without a settled claim the run is not ours to report on
+            self._log.exception("internal error while claiming it")
+            settled = NotOurs(reason="flow-agent failed while it claimed the run")
         if isinstance(settled, NotOurs):
             self.refused = settled
             self._log.log(logging.DEBUG if settled.expected else logging.INFO, "not started: %s", settled.reason)
@@ -230,7 +234,13 @@ class Run:
         with trio.CancelScope() as politeness:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._when_hurried, politeness)
-                await self._ask_engine(launched.session)
+                if self._stopped is StopReason.CANCEL or await self._say_cancelling():
+                    await self._ask_engine(launched.session)
+                else:
+                    # An engine on its way out would take the signal for the run's and put CANCELLED or CRASHED over
+                    # what it has reported.
+                    with trio.move_on_after(grace):
+                        await child.wait()
                 killed = await end(child.ref, self.id, grace=grace)
                 nursery.cancel_scope.cancel()
             if killed:
@@ -241,8 +251,6 @@ class Run:
 
     async def _ask_engine(self, session: Session | None) -> None:
         """Tells the engine that the signal to come means cancellation, where it listens; else it would call it a crash."""
-        if self._stopped is not StopReason.CANCEL:
-            await self._say_cancelling()
         if session is None:
             return
         with trio.move_on_after(CONNECT_SECONDS):
@@ -254,16 +262,22 @@ class Run:
         await self._hurry.wait()
         politeness.cancel()
 
-    async def _say_cancelling(self) -> None:
-        """Our own stop is a cancellation to everybody else: the engine runs its hooks, and people see why."""
+    async def _say_cancelling(self) -> bool:
+        """Our own stop is a cancellation to everybody else: the engine runs its hooks, and people see why.
+
+        Returns False when the server says that the run has ended already.
+        """
         proposal = Proposal(
             type=StateType.CANCELLING, name="Cancelling", message=self._why, transition_id=str(uuid4()), force=False
         )
         with trio.move_on_after(CANCELLING_SECONDS):
             try:
-                await self._kit.backend.propose(self.id, proposal)
+                verdict = await self._kit.backend.propose(self.id, proposal)
             except BackendError as error:
                 self._log.debug("not told that it is being stopped: %s", error)
+            else:
+                return verdict.answer is not Answer.ABORT
+        return True
 
     async def _time_out(self) -> None:
         limit = self.work.flows.timeout_seconds

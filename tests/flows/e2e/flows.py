@@ -5,6 +5,7 @@ often. `hooks` names a file to which each hook appends one line "KIND RUN_ID STA
 """
 
 import asyncio
+import atexit
 import ctypes
 import json
 import os
@@ -118,6 +119,15 @@ def suspender(timeout: int = 600, trace: str = ""):
     append(trace, f"{RUN_ID} resumed")
 
 
+@flow
+def lingering(fail: bool = False, trace: str = ""):
+    """Has ended and been reported long before its process is gone."""
+    mark(trace)
+    atexit.register(time.sleep, 600)
+    if fail:
+        raise RuntimeError("this flow fails on purpose")
+
+
 DAEMON = """
 import os, sys, time
 if os.fork(): os._exit(0)
@@ -147,8 +157,12 @@ def spawner(pids: str, seconds: float = 600, trace: str = ""):
         if sys.version_info >= (3, 11)
         else subprocess.Popen(sleep, preexec_fn=os.setpgrp).pid,
         "session": subprocess.Popen(sleep, start_new_session=True).pid,
-        "bare": subprocess.Popen(sleep, env={}).pid,  # without the run's mark: only the process tree tells
-        "deaf": subprocess.Popen([sys.executable, "-S", "-c", DEAF, f"{pids}.deaf"]).pid,
+        # Without the run's mark and in sessions of their own: only the process tree tells whose they are. The second
+        # ignores SIGTERM, so that its parent is gone before it.
+        "bare": subprocess.Popen(sleep, env={}, start_new_session=True).pid,
+        "deaf": subprocess.Popen(
+            [sys.executable, "-S", "-c", DEAF, f"{pids}.deaf"], env={}, start_new_session=True
+        ).pid,
     }
     subprocess.run([sys.executable, "-S", "-c", DAEMON, f"{pids}.daemon"], check=True)
     while not (Path(f"{pids}.daemon").exists() and Path(f"{pids}.deaf").exists()):
