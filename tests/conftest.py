@@ -147,17 +147,26 @@ def _is_ours(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails the last test of a session (with several at once: of each worker) when a process of ours is left.
+
+    Set up before every other fixture of the session, so that it looks when the last server has been stopped.
+    """
+    yield
+    strays = [process for process in processes_with("TMPDIR") if _is_ours(process)]
+    seen = [f"{process.pid} {' '.join(process.cmdline())}" for process in strays]
+    for process in strays:
+        process.kill()
+    assert not strays, f"left behind by the tests: {seen}"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails the session when processes are left, and in CI when anything was skipped."""
-    strays = [process for process in processes_with("TMPDIR") if _is_ours(process)]
-    for process in strays:
-        print(f"\nleft behind by the tests: {process.pid} {' '.join(process.cmdline())}", file=sys.stderr)
-        process.kill()
+    """Removes the session's files and, in CI, fails the session when anything was skipped."""
     shutil.rmtree(_SESSION, ignore_errors=True)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
     if skipped and os.environ.get("CI"):
         print(f"\n{skipped} tests were skipped, which is a failure here", file=sys.stderr)
-    if strays or (skipped and os.environ.get("CI")):
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
