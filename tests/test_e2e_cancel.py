@@ -156,9 +156,8 @@ def test_a_suspended_run_has_no_process_and_is_cancelled_all_the_same(
     api.wait_for_state(run, "PAUSED")
     wait_until(lambda: not agent.run_processes(), 30, "its process has ended")
     wait_until(lambda: not (agent.state_dir / "runs" / run).exists(), 10, "the agent is done with it")
-    # A server answers the plain wish itself, because it knows that a suspended run has no process; the agent must when
-    # somebody insists.
-    api.set_state(run, "CANCELLING", force=True)
+    # A server answers today's form itself, because it knows that a suspended run has no process.
+    api.set_state(run, "CANCELLED", "Cancelling")
     assert watch_to_the_end(api, run, 20)["state_type"] == "CANCELLED"
     assert len(lines(tmp_path / "suspender.trace")) == 1
 

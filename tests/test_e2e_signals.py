@@ -115,13 +115,12 @@ def test_the_third_signal_kills_and_goes_even_when_nobody_can_be_told(
             assert api.state(run) == "CANCELLED"
 
 
-def test_a_signal_that_is_delivered_twice_within_a_millisecond_counts_once(
+def test_a_signal_that_is_delivered_several_times_within_milliseconds_counts_once(
     api: Api, live_run: Callable[..., tuple[AgentProcess, str]]
 ) -> None:
     agent, run = live_run("sleeper", 2)
-    # One right behind the other they would be one already to the kernel.
-    for number in range(20):
-        wait_until(lambda due=time.monotonic() + 0.001 * bool(number): time.monotonic() > due, 1, "a moment", every=0)
+    enough = time.monotonic() + 0.02
+    while time.monotonic() < enough:  # two alone may be one already to the kernel
         agent.send(signal.SIGTERM)
     assert agent.wait() == 0
     assert api.state(run) == "COMPLETED"

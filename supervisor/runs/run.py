@@ -313,7 +313,8 @@ class Run:
         )
         try:
             run = await patience.until_answered(lambda: backend.read_run(self.id))
-            if run.state_type is StateType.CANCELLING and run.infrastructure_pid == self._where:
+            wanted = run.state_type is StateType.CANCELLING or run.state_name == "Cancelling"  # the form of early 2.x
+            if wanted and run.infrastructure_pid == self._where:
                 await patience.until_answered(lambda: backend.propose(self.id, proposal))
                 self._log.info("cancelled while it was suspended")
         except (NotFound, Refused) as error:
