@@ -182,8 +182,7 @@ def test_when_the_server_shows_cancelled_no_child_of_the_run_lives(
     watch_to_the_end(api, run)
     left = set(alive(pids))
     if prefect_server.major > 2:
-        # It reported the end itself, on its way out; so whoever has not obeyed the signal by then has his grace left.
-        left -= {"engine", "deaf"}
+        left -= {"engine"}  # it reported the end itself, on its way out
     assert not left
     wait_until(lambda: not alive(pids), 15, "the last of them is gone", more=agent.log)
     wait_gone(agent)

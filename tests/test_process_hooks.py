@@ -13,7 +13,7 @@ from supervisor.lifecycle import Hook
 from supervisor.process.environ import flow_environ
 from supervisor.process.hooks import run_hook
 from supervisor.process.interpreter import Interpreter
-from supervisor.process.stop import members
+from supervisor.process.members import members
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until
 

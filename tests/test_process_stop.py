@@ -18,8 +18,9 @@ import trio
 from supervisor.lifecycle import Exit, ProcessRef
 from supervisor.process.environ import MARK
 from supervisor.process.launch import Child, launch
+from supervisor.process.members import members
 from supervisor.process.ref import alive, identify
-from supervisor.process.stop import end, end_leftovers, interrupt_group, members, wait_gone
+from supervisor.process.stop import end, end_leftovers, end_others, interrupt_group, wait_gone
 from tests.waiting import wait_until
 
 # What the scripts below share. A process says its number once it is ready to be shot at.
@@ -312,7 +313,8 @@ def test_a_leader_that_nobody_has_waited_for_hangs_nothing_and_its_group_is_reac
 def test_we_ourselves_are_never_a_member_even_with_the_mark(tmp_path: Path) -> None:
     script = """
 import trio
-from supervisor.process.stop import end, members
+from supervisor.process.members import members
+from supervisor.process.stop import end
 ready()
 async def main():
     assert await members(None, os.environ["FLOW_AGENT_RUN_ID"]) == []
@@ -367,5 +369,38 @@ def test_ending_can_be_given_up(tmp_path: Path) -> None:
         assert given_up.cancelled_caught
         assert z.living() == [child.ref.pid]
         await end(child.ref, z.run_id, grace=0)
+
+    zoo(tmp_path, visit)
+
+
+FAMILY_OF_AN_ENGINE = "\n".join(
+    f"child(lambda: ({own}, live()))"
+    for own in ("os.setsid()", "os.setpgid(0, 0)", "1", "(deaf(), os.setsid())", "deaf()")
+)
+
+
+def test_everything_but_the_runs_own_process_is_ended_while_that_is_held_still(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open(FAMILY_OF_AN_ENGINE + "\nlive()", 6)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child.wait)
+            with trio.fail_after(20):  # far less than the grace: who ignores SIGTERM is not waited for
+                assert await end_others(child.ref, z.run_id, grace=600) == 2
+            assert [process.pid for process in await members(child.ref, z.run_id)] == [child.ref.pid]
+            assert psutil.Process(child.ref.pid).status() == psutil.STATUS_STOPPED
+            assert await end(child.ref, z.run_id, grace=600) == 0  # it goes on, and obeys
+        assert await members(child.ref, z.run_id) == []
+
+    zoo(tmp_path, visit)
+
+
+def test_a_process_without_others_is_not_even_stopped(tmp_path: Path) -> None:
+    async def visit(z: Zoo) -> None:
+        child = await z.open(PLAIN, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child.wait)
+            assert await end_others(child.ref, z.run_id, grace=5) == 0
+            assert psutil.Process(child.ref.pid).status() != psutil.STATUS_STOPPED
+            await end(child.ref, z.run_id, grace=5)
 
     zoo(tmp_path, visit)

@@ -1,9 +1,7 @@
 """Ends runs. The only module that sends signals.
 
-A run's processes are found in three ways, because each alone has a hole: by session and process group (a child may
-leave them), by descent (the tree breaks when a parent dies), and by the run's mark in the environment (a program may
-have been started without). Whoever is found is held by a pidfd and looked at again before it is signalled: a pid alone
-may be somebody else's by then.
+Whose processes they are is known in `members.py`. Each is held by a pidfd and looked at again before it is signalled: a
+pid alone may be somebody else's by then.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import psutil
 import trio
 
 from supervisor.lifecycle import ProcessRef
-from supervisor.process.environ import MARK
-from supervisor.process.ref import Stat, alive, boot_id, read_stat, same
+from supervisor.process.members import ref_of, sweep
+from supervisor.process.ref import Stat, alive, same
 
 log = logging.getLogger(__name__)
 
@@ -30,57 +28,6 @@ _SETTLE = 0.05  # seconds; the shortest pause between two looks where nothing wa
 _PATIENCE = 5.0  # seconds; the longest pause while something does not die of SIGKILL
 _WATCHED = 64  # how many ends are awaited at once: a run with thousands of processes must not eat our descriptors
 _NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EMFILE, errno.ENFILE})
-
-
-# --- who belongs to a run -------------------------------------------------------------------------------------------
-
-
-async def members(ref: ProcessRef | None, run_id: str) -> list[psutil.Process]:
-    """Every living process of the run: of the session or group that `ref` leads, descended from it, or marked."""
-    found = []
-    for member in await trio.to_thread.run_sync(_sweep, ref, run_id):
-        try:
-            found.append(psutil.Process(member.pid))
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def _sweep(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef] = ()) -> list[Stat]:
-    """One look at all of /proc. Zombies are left out, and so is this process.
-
-    `known` are those that an earlier look found: one of them may have lost, with its parent, all that showed whose it is.
-    """
-    table = {pid: stat for pid in psutil.pids() if (stat := read_stat(pid)) is not None and stat.living}
-    table.pop(os.getpid(), None)
-    mark = f"{MARK}={run_id}".encode()
-    ours = {pid for pid, stat in table.items() if _led_by(ref, stat) or _marked(pid, mark)}
-    ours.update(old.pid for old in known if old.pid in table and _ref(table[old.pid]) == old)
-    children: dict[int, list[int]] = {}
-    for stat in table.values():
-        children.setdefault(stat.parent, []).append(stat.pid)
-    todo = list(ours)
-    while todo:
-        new = [pid for pid in children.get(todo.pop(), ()) if pid not in ours]
-        ours.update(new)
-        todo.extend(new)
-    return [table[pid] for pid in sorted(ours)]
-
-
-def _led_by(ref: ProcessRef | None, stat: Stat) -> bool:
-    if ref is None or ref.boot_id != boot_id() or ref.pid not in (stat.pid, stat.group, stat.session):
-        return False
-    leader = read_stat(ref.pid)
-    # The kernel gives the number of a group or session to nobody else while a member lives; so when the number has a
-    # new owner, the group is the new owner's, too.
-    return leader is None or leader.start_ticks == ref.start_ticks
-
-
-def _marked(pid: int, mark: bytes) -> bool:
-    try:
-        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False  # gone, or another user's and so not started by us
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
@@ -153,6 +100,57 @@ async def end(ref: ProcessRef | None, run_id: str, *, grace: float) -> int:
     return await _kill(ref, run_id, asked)
 
 
+async def end_others(ref: ProcessRef, run_id: str, *, grace: float) -> int:
+    """End everything of the run but its own process: how many had to be killed. `end` must follow.
+
+    For an engine that reports the run's end itself once it is signalled: nothing else may live by then. It is stopped
+    meanwhile (`end` lets it go on after its SIGTERM), so that it cannot take the loss of a child for the flow's failure.
+    Who ignores SIGTERM is given no grace, for it does not know that it should go; Python's own resource tracker does.
+    """
+    if not await _others(ref, run_id):
+        return 0
+    _send(ref, signal.SIGSTOP)
+    asked: set[ProcessRef] = set()
+    killed: set[ProcessRef] = set()
+    deadline = trio.current_time() + grace
+    while others := await _others(ref, run_id, asked):
+        for stat in others:
+            if (member := ref_of(stat)) not in asked:
+                asked.add(member)
+                _send(member, signal.SIGTERM)
+                if stat.state == "T":
+                    _send(member, signal.SIGCONT)
+        hearing = [ref_of(stat) for stat in others if not _ignores(stat.pid, signal.SIGTERM)]
+        left = deadline - trio.current_time()
+        if hearing and left > 0:
+            await wait_gone(hearing, left)
+            continue
+        for stat in others:
+            killed.add(ref_of(stat))
+            _send(ref_of(stat), signal.SIGKILL)
+        await wait_gone(killed, _PATIENCE)
+    return len(killed)
+
+
+async def _others(ref: ProcessRef, run_id: str, known: Collection[ProcessRef] = ()) -> Sequence[Stat]:
+    """As `_look`, without the run's own process."""
+    for _ in range(2):
+        found = await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known))
+        if others := [stat for stat in found if ref_of(stat) != ref]:
+            return others
+    return ()
+
+
+def _ignores(pid: int, signum: int) -> bool:
+    """Whether the process has set that signal to be ignored (proc(5): SigIgn is a mask, its lowest bit is signal 1)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")), "0")
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
 async def end_leftovers(run_id: str, ref: ProcessRef | None, *, grace: float = LEFTOVER_GRACE) -> int:
     """End what a run has left behind after its own process has ended: how many processes there were."""
     left = await _look(ref, run_id)
@@ -183,18 +181,18 @@ async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float, asked: s
         living = await _look(ref, run_id, asked)
         if not living:
             return True
-        new = [stat for stat in living if _ref(stat) not in asked]
+        new = [stat for stat in living if ref_of(stat) not in asked]
         by_group = bool(new) and not asked and ref is not None and interrupt_group(ref)
         for stat in new:
             if not (by_group and ref is not None and stat.group == ref.pid):
-                _send(_ref(stat), signal.SIGTERM)
+                _send(ref_of(stat), signal.SIGTERM)
             if stat.state == "T":
-                _send(_ref(stat), signal.SIGCONT)  # a stopped process takes no signal but this and SIGKILL
-            asked.add(_ref(stat))
+                _send(ref_of(stat), signal.SIGCONT)  # a stopped process takes no signal but this and SIGKILL
+            asked.add(ref_of(stat))
         left = deadline - trio.current_time()
         if left <= 0:
             return False
-        await wait_gone([_ref(stat) for stat in living], left)
+        await wait_gone([ref_of(stat) for stat in living], left)
 
 
 async def _kill(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef]) -> int:
@@ -204,7 +202,7 @@ async def _kill(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRe
     while living := await _look(ref, run_id, {*known, *killed}):
         if ref is not None:
             interrupt_group(ref, signal.SIGKILL)  # first all at one stroke: nobody can fork away from under it
-        refs = [_ref(stat) for stat in living]
+        refs = [ref_of(stat) for stat in living]
         for member in refs:
             _send(member, signal.SIGKILL)
         again = killed.issuperset(refs)
@@ -230,7 +228,7 @@ async def _look(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRe
     passed, once. Not cancelled halfway: the thread is never left behind.
     """
     for _ in range(2):
-        if found := await trio.to_thread.run_sync(_sweep, ref, run_id, frozenset(known)):
+        if found := await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known)):
             return found
     return ()
 
@@ -251,10 +249,6 @@ async def _wait_some(refs: Sequence[ProcessRef]) -> None:
         for pidfd in pidfds:  # one after the other is as good: the last one decides
             await trio.lowlevel.wait_readable(pidfd)
     await trio.lowlevel.checkpoint()
-
-
-def _ref(stat: Stat) -> ProcessRef:
-    return ProcessRef(pid=stat.pid, start_ticks=stat.start_ticks, boot_id=boot_id())
 
 
 def _name(pid: int) -> str:

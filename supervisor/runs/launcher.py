@@ -26,11 +26,16 @@ _log = logging.getLogger("flow-agent")
 
 @dataclass(frozen=True)
 class Launched:
-    """A process of a run, and what is known of the engine in it. `session` is None where the engine has no channel."""
+    """A process of a run, and what is known of the engine in it.
+
+    `session` is None where the engine has no channel. `is_engine` is false where the process may only be the engine's
+    parent, because the job has a command of its own.
+    """
 
     child: Child
     session: Session | None
     runs_own_hooks: bool
+    is_engine: bool
 
 
 class Launcher:
@@ -72,7 +77,8 @@ class Launcher:
             if session is not None:
                 session.close()
             raise
-        return Launched(child, session, interpreter is None or interpreter.runs_own_hooks)
+        own_hooks = interpreter is None or interpreter.runs_own_hooks
+        return Launched(child, session, own_hooks, is_engine=command is None)
 
     async def run_hook(self, hook: Hook, run: FlowRun, job: Job, flows: Flows) -> bool:
         """Runs the flow's hooks of that kind in a process of their own. Returns False, having said why, when that failed."""

@@ -29,7 +29,7 @@ from supervisor.lifecycle import (
 from supervisor.model import Answer, FlowRun, Job, Proposal, StateType
 from supervisor.process.channel import Intent, Session
 from supervisor.process.launch import Child
-from supervisor.process.stop import end, end_leftovers
+from supervisor.process.stop import end, end_leftovers, end_others
 from supervisor.runs.claim import NotOurs, Ours, claim
 from supervisor.runs.ending import Ending, Facts, engine_ran_hooks
 from supervisor.runs.kit import Kit
@@ -234,14 +234,17 @@ class Run:
         with trio.CancelScope() as politeness:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._when_hurried, politeness)
+                killed = 0
                 if self._stopped is StopReason.CANCEL or await self._say_cancelling():
-                    await self._ask_engine(launched.session)
+                    if await self._ask_engine(launched.session) and launched.is_engine:
+                        # It will write CANCELLED itself, and nothing else of the run may live by then.
+                        killed = await end_others(child.ref, self.id, grace=grace)
                 else:
                     # An engine on its way out would take the signal for the run's and put CANCELLED or CRASHED over
                     # what it has reported.
                     with trio.move_on_after(grace):
                         await child.wait()
-                killed = await end(child.ref, self.id, grace=grace)
+                killed += await end(child.ref, self.id, grace=grace)
                 nursery.cancel_scope.cancel()
             if killed:
                 self._log.warning("killed %d process(es) that outlived the grace of %g s", killed, grace)
@@ -249,14 +252,16 @@ class Run:
             await end(child.ref, self.id, grace=0.0)
         stopped.set()
 
-    async def _ask_engine(self, session: Session | None) -> None:
-        """Tells the engine that the signal to come means cancellation, where it listens; else it would call it a crash."""
+    async def _ask_engine(self, session: Session | None) -> bool:
+        """Tells the engine that the signal to come means cancellation; without a channel, it would call it a crash.
+
+        Returns whether it has understood, and so will report the end itself.
+        """
         if session is None:
-            return
+            return False
         with trio.move_on_after(CONNECT_SECONDS):
             await session.wait_connected()
-        if session.connected:
-            await session.ask(Intent.CANCEL)
+        return session.connected and await session.ask(Intent.CANCEL)
 
     async def _when_hurried(self, politeness: trio.CancelScope) -> None:
         await self._hurry.wait()
