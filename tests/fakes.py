@@ -215,8 +215,12 @@ class FakeBackend:
 
     def _orchestrate(self, run_id: str, proposal: Proposal) -> Verdict:
         now = self.states[run_id]
-        if now.transition_id == proposal.transition_id:
+        if now.transition_id == proposal.transition_id and not now.type.terminal:
             return Verdict(answer=Answer.REJECT, state=now, reason="This run has already made this state transition.")
+        if now.type.terminal and proposal.type is not StateType.PENDING and not proposal.force:
+            return Verdict(answer=Answer.ABORT, reason="This run is already in a terminal state.")
+        if now.type is StateType.CANCELLING and proposal.type is not StateType.CANCELLED:
+            return Verdict(answer=Answer.REJECT, state=now, reason="This run is being cancelled.")
         if proposal.type is StateType.PENDING and not proposal.force:
             if now.type in (StateType.PENDING, StateType.RUNNING):
                 return Verdict(answer=Answer.ABORT, reason="This run is in a PENDING state and cannot transition.")

@@ -18,6 +18,7 @@ REFUSED_SECONDS = (
     30.0  # how long an offer that was refused is not asked for again, nor its deployment's when that was full
 )
 UNHEARD_SECONDS = 2.0  # the same for an offer whose claim failed because the server could not be asked
+SUSPENDED = 200  # how many suspended runs are watched for a cancellation
 UNLIMITED = 1_000_000
 
 _log = logging.getLogger("flow-agent")
@@ -91,6 +92,8 @@ class Roster:
             self._rest(run, run.refused)
         elif outcome is Outcome.HANDED_BACK and run.suspended:
             self._suspended[run.id] = run
+            if len(self._suspended) > SUSPENDED:  # most of them others have resumed long ago, unknown to us
+                del self._suspended[next(iter(self._suspended))]
 
     async def wait_slot_freed(self) -> None:
         """Returns when the next run has closed."""
