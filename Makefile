@@ -22,7 +22,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 test: lint envs $(VENV)/.dev
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --durations=15
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations=15
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -18,6 +18,7 @@ from supervisor.config import Work
 from supervisor.errors import BackendError, NotFound, Refused, Unauthorized, Unreachable
 from supervisor.model import FlowRun, Pool, Queue
 
+ALONE_AFTER = 2  # failed polls in a row before it is said that one queue cannot be asked
 REREAD_SECONDS = 30.0  # the cache of today's agents: users expect a new queue to be seen within it
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Source:
         self._pool: Pool | None = None
         self._read_at: float | None = None
         self._said: dict[str, str] = {}
+        self._alone: dict[str, int] = {}  # queue id -> polls in a row that failed for it while others were answered
 
     def __str__(self) -> str:
         return str(self.work)
@@ -84,12 +86,15 @@ class Source:
                 if isinstance(error, NotFound):
                     self._read_at = None
             else:
+                self._alone.pop(queue.id, None)
                 if self._unsay(queue.id):
                     _log.info("work queue '%s' can be asked again", queue.name)
         if failures and len(failures) == len(self._queues):
             raise failures[0][1]  # likely about the server, too: the caller says so
         for queue, failure in failures:
-            if queue.id not in self._said:  # whatever the next failure's words are
+            times = self._alone[queue.id] = self._alone.get(queue.id, 0) + 1
+            # Once may be a busy server, or the first moment of an outage; and it is said once, whatever the next words are.
+            if times >= ALONE_AFTER and queue.id not in self._said:
                 self._say(queue.id, f"cannot ask work queue '{queue.name}': {failure}", logging.WARNING)
         return found
 
