@@ -13,8 +13,8 @@ SHELL := /bin/bash
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
 DEMO := 3.8.8
-# Real servers and engines mostly wait, so a few more tests at once than there are cores.
-JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
+# One test a core: more of them at once would only make each other late.
+JOBS ?= $(shell nproc)
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)

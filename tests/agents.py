@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tests.servers import PrefectServer, clean_environ, processes_with
-from tests.waiting import wait_until
+from tests.waiting import SLOWEST, wait_until
 
 RUN_MARK = "FLOW_AGENT_RUN_ID"
 _AGENT_MARK = "FLOW_AGENT_TEST_AGENT"  # put into its flows' environment, so that we know whose they are
@@ -149,7 +149,7 @@ class AgentProcess:
         """Waits for its end and returns the exit code."""
         assert self.process is not None
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(timeout * SLOWEST)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the agent still runs after {timeout} s:\n{self.log()}") from None
 
@@ -180,7 +180,7 @@ class AgentProcess:
         if self.process is not None and self.returncode is None:
             self.send(signal.SIGQUIT)
             try:
-                self.process.wait(30)
+                self.process.wait(30 * SLOWEST)
             except subprocess.TimeoutExpired:
                 stuck = "the agent did not end within 30 s of SIGQUIT; "
                 self.kill()

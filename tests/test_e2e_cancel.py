@@ -16,7 +16,7 @@ import pytest
 from tests.agents import AgentProcess
 from tests.faultserver import Delay, ThreadedFaultServer, fault_server_thread, on
 from tests.servers import Api, PrefectServer
-from tests.waiting import lines, wait_until
+from tests.waiting import SLOWEST, lines, wait_until
 
 StartAgent = Callable[..., AgentProcess]
 
@@ -68,7 +68,7 @@ def wait_gone(agent: AgentProcess) -> None:
 
 def watch_to_the_end(api: Api, run_id: str, timeout: float = 60) -> Any:
     """Asks without a pause, so that what we look at next is as it was when the server first showed the end."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * SLOWEST
     while (run := api.read_run(run_id))["state_name"] != "Cancelled":
         assert time.monotonic() < deadline, api.story(run_id)
     return run

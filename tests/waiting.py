@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+SLOWEST = (
+    3.0  # how many times slower than ours a machine may be before a wait is given up; costs nothing where it is not
+)
 
 
 def wait_until(
@@ -15,9 +18,10 @@ def wait_until(
 ) -> T:
     """Asks again and again until the condition is true, and returns what it said.
 
-    Raises `AssertionError` naming `what` after `timeout` seconds; `more` may add what helps to understand it.
+    Raises `AssertionError` naming `what` after `timeout` seconds of a machine like ours (`SLOWEST`); `more` may add what
+    helps to understand it.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * SLOWEST
     while True:
         if said := condition():
             return said

@@ -136,8 +136,14 @@ async def run_hook(
         log.warning("cannot run the %s hooks: %s", hook, error, extra={"run_id": run_id})
         return False
     how: Exit | None = None
-    with trio.move_on_after(timeout):
-        how = await child.wait()
+    try:
+        with trio.move_on_after(timeout):
+            how = await child.wait()
+    except trio.Cancelled:
+        # The agent was told to kill and go: the helper may not outlive it.
+        with trio.CancelScope(shield=True):
+            await stop.end(child.ref, run_id, grace=0)
+        raise
     await stop.end(child.ref, run_id, grace=GRACE)
     if how is None:
         await child.wait()

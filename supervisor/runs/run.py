@@ -127,7 +127,9 @@ class Run:
                 self._log.warning("the engine ended before it took the run over (%s); starting it again", facts.how)
                 with trio.move_on_after(RELAUNCH_SECONDS * facts.starts):
                     await self._stop.wait()
-            facts = replace(facts, stopped=self._stopped, why=self._why)
+            # Whoever kills has seconds: the report matters more than hooks that take as long.
+            hooks_seen = facts.hooks_seen or self._hurry.is_set()
+            facts = replace(facts, stopped=self._stopped, why=self._why, hooks_seen=hooks_seen)
             if decision is None or isinstance(decision, Relaunch):  # stopped between two deeds
                 found, decision = await ending.look(replace(facts, starts=MAX_STARTS))
             self._to(Exited(how=facts.how, stopped=self._stopped))
