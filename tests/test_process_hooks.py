@@ -155,3 +155,33 @@ def test_a_python_that_cannot_be_started_costs_a_warning(stage: Stage, caplog: p
     stage.interpreter = Interpreter(Path("/nowhere/python"), "3.8.8")
     assert not stage.hook("00000000-0000-0000-0000-000000000000", Hook.CRASHED)
     assert "cannot run the on_crashed hooks: cannot start '/nowhere/python'" in caplog.text
+
+
+def test_a_helper_whose_agent_goes_is_ended_with_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho begun > {tmp_path}/begun\nexec sleep 600\n")
+    python.chmod(0o755)
+    run_id = "run-whose-agent-goes"
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                await run_hook(
+                    Interpreter(python=python, prefect_version="3.8.8"),
+                    Hook.CRASHED,
+                    run_id=run_id,
+                    env={"FLOW_AGENT_RUN_ID": run_id, "PATH": os.environ["PATH"]},
+                    cwd=tmp_path,
+                    output=tmp_path / "output",
+                    timeout=600,
+                )
+
+            nursery.start_soon(run)
+            with trio.fail_after(30):
+                while not (tmp_path / "begun").exists():
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert await members(None, run_id) == []
+
+    trio.run(main)

@@ -143,6 +143,7 @@ async def run_hook(
         # The agent was told to kill and go: the helper may not outlive it.
         with trio.CancelScope(shield=True):
             await stop.end(child.ref, run_id, grace=0)
+            await child.wait()
         raise
     await stop.end(child.ref, run_id, grace=GRACE)
     if how is None:
