@@ -45,6 +45,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     transition_id: str | None = None  # the proposal that made it, where the proposer named one
     lease_id: str | None = None  # deployment concurrency lease (3.x), to be renewed until the engine does
     pause_reschedule: bool = False  # PAUSED because suspended: the process has ended on purpose
+    data: Any = None  # the server's record of the result, only ever handed back to it as it came
 
 
 class FlowRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +77,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     message: str | None = None
     force: bool = False
+    data: Any = None
 
 
 class Answer(enum.StrEnum):

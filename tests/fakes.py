@@ -83,6 +83,7 @@ class FakeBackend:
             )
             for run in runs
         }
+        self.histories = {run_id: [state] for run_id, state in self.states.items()}
         self.faults: dict[str, list[Any]] = {}
         self.always: dict[str, BackendError] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -94,7 +95,11 @@ class FakeBackend:
 
     def set_state(self, run_id: str, kind: StateType, name: str | None = None) -> None:
         """What somebody else did."""
-        self.states[run_id] = State(type=kind, name=name or kind.value.title(), id=str(uuid4()))
+        self._store(run_id, State(type=kind, name=name or kind.value.title(), id=str(uuid4())))
+
+    def _store(self, run_id: str, state: State) -> None:
+        self.states[run_id] = state
+        self.histories[run_id].append(state)
 
     def count(self, method: str) -> int:
         return sum(called == method for called, _ in self.calls)
@@ -203,6 +208,10 @@ class FakeBackend:
             retry_in_process=run.retry_in_process,
         )
 
+    async def history(self, run_id: str) -> list[State]:
+        await self._call("history", run_id)
+        return list(self.histories[run_id])
+
     async def propose(self, run_id: str, proposal: Proposal) -> Verdict:
         lost = await self._call("propose", proposal)
         if run_id not in self.runs:
@@ -226,7 +235,7 @@ class FakeBackend:
                 return Verdict(answer=Answer.ABORT, reason="This run is in a PENDING state and cannot transition.")
             if self.runs[run_id].deployment_id in self.full:
                 full = State(type=StateType.SCHEDULED, name="AwaitingConcurrencySlot", id=str(uuid4()))
-                self.states[run_id] = full
+                self._store(run_id, full)
                 return Verdict(answer=Answer.REJECT, state=full, reason="Deployment concurrency limit reached.")
         new = State(
             type=proposal.type,
@@ -234,8 +243,9 @@ class FakeBackend:
             id=str(uuid4()),
             message=proposal.message,
             transition_id=proposal.transition_id,
+            data=proposal.data,
         )
-        self.states[run_id] = new
+        self._store(run_id, new)
         return Verdict(answer=Answer.ACCEPT, state=new)
 
     async def job(self, run: FlowRun) -> Job:

@@ -259,6 +259,20 @@ def test_a_run_that_takes_too_long_is_cancelled_with_that_reason(
     assert lines(tmp_path / "hooks") == [f"cancellation {run} Cancelling"]
 
 
+def test_an_engine_that_has_begun_its_hooks_is_left_to_finish_them(
+    prefect_server: PrefectServer, api: Api, agent_process: StartAgent, pool: str, tmp_path: Path
+) -> None:
+    deployment = api.create_deployment("dawdler", pool=pool)
+    hooks, trace = tmp_path / "hooks", tmp_path / "trace"
+    run = api.create_run(deployment, {"seconds": 1, "hooks": str(hooks), "trace": str(trace)})
+    agent = agent_process(prefect_server, [{"pool": pool}], poll={"cancel_interval_seconds": 3})
+    wait_until(lambda: lines(trace), 60, "the flow has begun")
+    api.cancel(run)  # which the engine hears when it reports COMPLETED, a moment before the agent asks
+    assert api.wait_for_state(run, "CANCELLED")["state_name"] == "Cancelled"
+    assert agent.stop() == 0
+    assert lines(hooks) == [f"cancellation {run} Cancelling"]
+
+
 def test_a_cancellation_at_the_very_end_never_makes_two_ends(
     prefect_server: PrefectServer, api: Api, agent_process: StartAgent, pool: str, tmp_path: Path
 ) -> None:

@@ -98,6 +98,23 @@ def reading(run_id: str, fault: Fault, times: int = 1) -> Rule:
     return on("GET", f"/flow_runs/{run_id}", fault, times)
 
 
+def test_a_claim_that_arrives_after_somebody_else_ran_the_run_is_taken_back(
+    api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
+) -> None:
+    pool = api.create_pool()
+    run = api.create_run(api.create_deployment("hello", pool=pool), {"trace": str(tmp_path / "trace")})
+    claim = proposing(faults, run, "PENDING", Delay(TIMEOUT / 2))
+    faults.rules.append(claim)
+    agent = agent_behind(pool=pool)
+    wait_until(lambda: claim.hits, 30, "the claim is on its way", every=0.01)
+    for state in ("PENDING", "RUNNING", "COMPLETED"):  # another agent's run, from claim to end
+        api.set_state(run, state)
+    agent.wait_for_log("somebody else executed it while we claimed it")
+    assert [kind for kind, _ in api.states(run)][-2:] == ["PENDING", "COMPLETED"], api.story(run)
+    assert not executions(tmp_path / "trace")
+    check_agent(agent)
+
+
 def test_faults_at_each_step_of_a_run_change_neither_its_one_execution_nor_its_end(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
 ) -> None:

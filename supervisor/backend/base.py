@@ -68,6 +68,9 @@ class Backend(Protocol):
     async def read_run(self, run_id: str) -> FlowRun:
         """The run with its state. Raises `NotFound` when it has been deleted."""
 
+    async def history(self, run_id: str) -> list[State]:
+        """Every state the run has been in, oldest first by the time its proposal arrived."""
+
     async def propose(self, run_id: str, proposal: Proposal) -> Verdict:
         """Proposes a state. Raises `NotFound` when the run has been deleted."""
 

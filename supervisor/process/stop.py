@@ -101,7 +101,7 @@ async def end(ref: ProcessRef | None, run_id: str, *, grace: float) -> int:
 
 
 async def end_others(ref: ProcessRef, run_id: str, *, grace: float) -> int:
-    """End everything of the run but its own process: how many had to be killed. `end` must follow.
+    """End everything of the run but its own process: how many had to be killed. `end` or `let_go_on` must follow.
 
     For an engine that reports the run's end itself once it is signalled: nothing else may live by then. It is stopped
     meanwhile (`end` lets it go on after its SIGTERM), so that it cannot take the loss of a child for the flow's failure.
@@ -130,6 +130,11 @@ async def end_others(ref: ProcessRef, run_id: str, *, grace: float) -> int:
             _send(ref_of(stat), signal.SIGKILL)
         await wait_gone(killed, _PATIENCE)
     return len(killed)
+
+
+def let_go_on(ref: ProcessRef) -> None:
+    """Let a process go on that `end_others` has stopped."""
+    _send(ref, signal.SIGCONT)
 
 
 async def _others(ref: ProcessRef, run_id: str, known: Collection[ProcessRef] = ()) -> Sequence[Stat]:

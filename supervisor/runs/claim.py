@@ -3,9 +3,15 @@
 The server has no compare-and-set, and a claim is accepted even for a run that somebody else has finished meanwhile
 (reference 1.4). So: re-read the run just before, require the very state that was offered, and after an answer was lost read again
 before asking again. The transition id makes our own claim recognisable.
+
+Another agent may still claim the run, execute it and finish between our reading and our claim. So an accepted claim counts
+only when the run's history shows that it came upon a scheduled run; else the end that it overwrote is put back.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import uuid4
 
 import msgspec
 import trio
@@ -73,7 +79,7 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
     run = await backend.read_run(offer.id)
     if in_doubt and run.state is not None and run.state.transition_id == transition_id:
         if run.state.type is StateType.PENDING:
-            return Ours(run.state)
+            return await _unless_too_late(backend, offer, transition_id, Ours(run.state))
         return NotOurs(reason=f"it became {run.state.name} while its claim was in doubt")
     if in_doubt and run.state_type is StateType.CANCELLING and run.infrastructure_pid == offer.infrastructure_pid:
         # Only a run that was claimed becomes Cancelling, and nobody has started a process for it since: most likely our
@@ -89,7 +95,50 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
         if error.ambiguous:
             raise _InDoubt(error) from error
         raise
-    return judge(verdict, transition_id)
+    settled = judge(verdict, transition_id)
+    if isinstance(settled, Ours):
+        return await _unless_too_late(backend, offer, transition_id, settled)
+    return settled
+
+
+async def _unless_too_late(backend: Backend, offer: FlowRun, transition_id: str, ours: Ours) -> Ours | NotOurs:
+    """`ours`, unless the claim came upon a run that somebody else has executed: then their end is put back."""
+    try:
+        before = claimed_from(await backend.history(offer.id), transition_id)
+        if before is None or before.id == offer.state_id or before.type is StateType.CANCELLING:
+            return ours  # a wish to cancel may follow upon our claim
+        run = await backend.read_run(offer.id)
+        if before.type is StateType.SCHEDULED:
+            if run.retry_in_process:  # its process asks for RUNNING when the time has come, from PENDING as well
+                return NotOurs(reason="its own process is waiting to retry it", expected=True)
+            return ours
+        if run.state is not None and run.state.transition_id == transition_id:
+            await backend.propose(offer.id, _again(before))
+    except NotFound:
+        return ours  # deleted, or a server that does not show histories: who executes it will be told
+    except BackendError as error:
+        raise _InDoubt(error) from error  # our claim stands: hold on until this is known
+    return NotOurs(reason=f"somebody else executed it while we claimed it: it is {before.name}")
+
+
+def claimed_from(history: Sequence[State], transition_id: str) -> State | None:
+    """The state that our claim has replaced.
+
+    States are ordered by when they were proposed and not by when they were stored, and a claim can have waited for the
+    server's database: so it is the last one that is not ours, wherever our own stands.
+    """
+    return next((state for state in reversed(history) if state.transition_id != transition_id), None)
+
+
+def _again(state: State) -> Proposal:
+    return Proposal(
+        type=state.type,
+        name=state.name,
+        message=state.message,
+        data=state.data,
+        transition_id=str(uuid4()),
+        force=True,
+    )
 
 
 def judge(verdict: Verdict, transition_id: str) -> Ours | NotOurs:

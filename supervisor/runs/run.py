@@ -29,7 +29,7 @@ from supervisor.lifecycle import (
 from supervisor.model import Answer, FlowRun, Job, Proposal, StateType
 from supervisor.process.channel import Intent, Session
 from supervisor.process.launch import Child
-from supervisor.process.stop import end, end_leftovers, end_others
+from supervisor.process.stop import end, end_leftovers, end_others, let_go_on
 from supervisor.runs.claim import NotOurs, Ours, claim
 from supervisor.runs.ending import Ending, Facts, engine_ran_hooks
 from supervisor.runs.kit import Kit
@@ -196,7 +196,7 @@ class Run:
             stopped=self._stopped,
             why=self._why,
             runs_own_hooks=launched.runs_own_hooks,
-            hooks_seen=launched.runs_own_hooks and engine_ran_hooks(self._output),
+            hooks_seen=self._hooks_begun(launched),
         )
 
     async def _tell_start(self, job: Job, child: Child, attempt: int) -> None:
@@ -237,13 +237,15 @@ class Run:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._when_hurried, politeness)
                 killed = 0
-                if self._stopped is StopReason.CANCEL or await self._say_cancelling():
-                    if await self._ask_engine(launched.session) and launched.is_engine:
-                        # It will write CANCELLED itself, and nothing else of the run may live by then.
-                        killed = await end_others(child.ref, self.id, grace=grace)
-                else:
-                    # An engine on its way out would take the signal for the run's and put CANCELLED or CRASHED over
-                    # what it has reported.
+                leaving = not (self._stopped is StopReason.CANCEL or await self._say_cancelling())
+                asked = not (leaving or self._hooks_begun(launched)) and await self._ask_engine(launched.session)
+                if asked and launched.is_engine:
+                    # It will write CANCELLED itself, and nothing else of the run may live by then.
+                    killed = await end_others(child.ref, self.id, grace=grace)
+                if leaving or self._hooks_begun(launched):
+                    # An engine on its way out would take the signal for the run's: it would put CANCELLED or CRASHED over
+                    # what it has reported, or run once more the hooks it began when the server refused its COMPLETED.
+                    let_go_on(child.ref)
                     with trio.move_on_after(grace):
                         await child.wait()
                 killed += await end(child.ref, self.id, grace=grace)
@@ -264,6 +266,9 @@ class Run:
         with trio.move_on_after(CONNECT_SECONDS):
             await session.wait_connected()
         return session.connected and await session.ask(Intent.CANCEL)
+
+    def _hooks_begun(self, launched: Launched) -> bool:
+        return launched.runs_own_hooks and engine_ran_hooks(self._output)
 
     async def _when_hurried(self, politeness: trio.CancelScope) -> None:
         await self._hurry.wait()

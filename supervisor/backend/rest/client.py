@@ -102,6 +102,9 @@ class RestBackend:
     async def read_run(self, run_id: str) -> FlowRun:
         return await runs.read_run(self._api, run_id)
 
+    async def history(self, run_id: str) -> list[State]:
+        return await runs.history(self._api, run_id)
+
     async def propose(self, run_id: str, proposal: Proposal) -> Verdict:
         return await runs.propose(self._api, run_id, proposal)
 

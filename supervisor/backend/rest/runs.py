@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from supervisor.backend.rest.api import Api
-from supervisor.backend.rest.wire import PAGE, WireRun, WireVerdict, clean, decode, segment
+from supervisor.backend.rest.wire import PAGE, WireRun, WireState, WireVerdict, clean, decode, segment
 from supervisor.errors import NotFound
 from supervisor.model import FlowRun, Proposal, State, StateType, Verdict
 
@@ -17,12 +17,19 @@ async def read_run(api: Api, run_id: str) -> FlowRun:
     return decode(WireRun, await api.get(f"/flow_runs/{segment(run_id)}"), "a flow run").model()
 
 
+async def history(api: Api, run_id: str) -> list[State]:
+    answer = await api.get("/flow_run_states/", params={"flow_run_id": run_id})
+    return [state.model() for state in decode(list[WireState], answer, "the states of a flow run")]
+
+
 async def propose(api: Api, run_id: str, proposal: Proposal) -> Verdict:
     state: dict[str, Any] = {"type": proposal.type, "state_details": {"transition_id": proposal.transition_id}}
     if proposal.name is not None:
         state["name"] = proposal.name
     if proposal.message is not None:
         state["message"] = clean(proposal.message)
+    if proposal.data is not None:
+        state["data"] = proposal.data
     answer = await api.post(f"/flow_runs/{segment(run_id)}/set_state", {"state": state, "force": proposal.force})
     return decode(WireVerdict, answer, "the answer to a proposal").model()
 

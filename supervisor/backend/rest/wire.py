@@ -70,6 +70,7 @@ class WireState(msgspec.Struct):
     id: str | None = None
     message: str | None = None
     state_details: WireStateDetails | None = None
+    data: Any = None
 
     def model(self) -> State:
         kind = _STATE_TYPES.get(self.type)
@@ -84,6 +85,7 @@ class WireState(msgspec.Struct):
             transition_id=details.transition_id,
             lease_id=details.deployment_concurrency_lease_id,
             pause_reschedule=bool(details.pause_reschedule),
+            data=self.data,
         )
 
 

@@ -202,6 +202,18 @@ async def hooked_async_sleeper(hooks: str, seconds: float = 600, trace: str = ""
     await asyncio.sleep(seconds)
 
 
+def dawdle(flow, flow_run, state):
+    on_cancellation(flow, flow_run, state)
+    time.sleep(3)
+
+
+@flow(on_cancellation=[dawdle])
+def dawdler(hooks: str, seconds: float, trace: str = ""):
+    """Ends by itself; when it has been cancelled by then, its hook takes longer than a look for cancelled runs."""
+    mark(trace)
+    time.sleep(seconds)
+
+
 @flow(**{**HOOKS, "on_crashed": [by_place]})
 def hooked_kill_self(hooks: str, signum: int = 9, trace: str = ""):
     mark(trace)
