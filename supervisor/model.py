@@ -78,6 +78,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True):
     message: str | None = None
     force: bool = False
     data: Any = None
+    scheduled: datetime | None = None  # for SCHEDULED: when it is due, in UTC
 
 
 class Answer(enum.StrEnum):

@@ -16,7 +16,7 @@ FLOORS = {  # a room is a module or package right under supervisor/
     3: {"runs"},
     2: {"backend", "process", "journal", "logs", "metrics", "systemd", "statedir", "control", "agentlog"},
     1: {"config", "lifecycle"},
-    0: {"model", "errors", "__init__"},
+    0: {"model", "errors", "failpoints", "__init__"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 LONG_FOR_A_REASON = {

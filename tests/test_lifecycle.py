@@ -14,23 +14,20 @@ from supervisor.lifecycle import (
     STEPS,
     Claiming,
     Closed,
-    Done,
     Exit,
     Exited,
     Hook,
     Outcome,
     Phase,
     ProcessRef,
-    Relaunch,
     Report,
     Running,
     Starting,
     Stopping,
     StopReason,
-    decide,
-    hook_owed,
     step,
 )
+from supervisor.lifecycle.decision import Done, Relaunch, decide, hook_owed
 from supervisor.model import FlowRun, State, StateType
 
 REF = ProcessRef(pid=42, start_ticks=7, boot_id="boot")
@@ -110,7 +107,7 @@ def test_every_walk_of_legal_steps_ends_in_closed_once_relaunches_are_used_up(wi
         if wish in STEPS[type(phase)]:
             starts += wish is Starting
             phase = step(phase, PHASES[wish])
-    order: list[type] = [Exited, Closed]
+    order: list[type] = [Closed, Exited]
     while not isinstance(phase, Closed):
         phase = step(phase, PHASES[next(kind for kind in order if kind in STEPS[type(phase)])])
     assert isinstance(phase, Closed)

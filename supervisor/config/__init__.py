@@ -57,6 +57,29 @@ class Flows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     grace_seconds: float = 30.0
     timeout_seconds: float | None = None
     command: tuple[str, ...] | None = None
+    crash_retries: int = 0  # how often a run that crashed is handed back to be retried
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[output]`: what flow runs print, one file each in `agent.log_dir`."""
+
+    max_mb: float = 32.0  # per run: the first and the last half of it are kept
+    keep_days: float = 30.0  # how long the files of finished runs are kept
+    show: bool = True  # repeat the lines in the agent's own log
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[stop]`: what becomes of live runs when the agent is told to stop.
+
+    Actions: "drain" lets them end, "cancel" cancels them, "keep" leaves them to the next agent, "reschedule" ends them and hands
+    them back to the server, for another agent to take.
+    """
+
+    on_stop: str = "drain"  # drain, cancel, keep or reschedule
+    on_restart: str = "keep"  # the same, for `systemctl restart`
+    drain_timeout_seconds: float = 1500.0  # how long a drain may take
+    then: str = "cancel"  # after that: cancel, keep or reschedule
+    shutdown_timeout_seconds: float = 90.0  # the same for a machine that goes down, where nothing can be kept
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,6 +112,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api: Api
     poll: Poll
     flows: Flows
+    output: Output
+    stop: Stop
     work: tuple[Work, ...]
     path: Path | None = None  # the file it came from, if any
 

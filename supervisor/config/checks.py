@@ -86,10 +86,7 @@ def deployment(value: object) -> str:
 
 
 def log_level(value: object) -> str:
-    text = _text(value).lower()
-    if text not in LOG_LEVELS:
-        raise _wanted("one of " + ", ".join(f'"{level}"' for level in LOG_LEVELS), value)
-    return text
+    return one_of(*LOG_LEVELS)(value)
 
 
 def url(value: object) -> str:
@@ -123,6 +120,33 @@ def count(value: object) -> int:
     if value < 1:
         raise ValueError(f"it must be 1 or more, found {value}; leave the key out for no limit")
     return value
+
+
+def count_or_none(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wanted("an integer", value)
+    if value < 0:
+        raise ValueError(f"it must be 0 or more, found {value}")
+    return value
+
+
+def megabytes(value: object) -> float:
+    number = _number(value, "a number of megabytes")
+    if number < 1:
+        raise ValueError(f"it must be 1 or more, found {value}")
+    return number
+
+
+def one_of(*words: str) -> Callable[[object], str]:
+    """A check that takes these words only."""
+
+    def check(value: object) -> str:
+        text = _text(value).lower()
+        if text not in words:
+            raise _wanted("one of " + ", ".join(f'"{word}"' for word in words), value)
+        return text
+
+    return check
 
 
 def _number(value: object, what: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from supervisor.config import Agent, Api, Config, Flows, Poll, Work
+from supervisor.config import Agent, Api, Config, Flows, Output, Poll, Stop, Work
 from supervisor.config.checks import Place, find_program, url
 from supervisor.config.keys import KEYS
 from supervisor.config.layers import FILE_VARIABLE, Layer, Mistakes, from_environ, from_file, from_flags
@@ -106,6 +106,8 @@ def _merge(layers: list[Layer], environ: Mapping[str, str], mistakes: Mistakes, 
         api=_api(_section(layers, "api"), where, environ, mistakes),
         poll=Poll(**_section(layers, "poll")),
         flows=_flows(default, file, *higher),
+        output=Output(**_section(layers, "output")),
+        stop=Stop(**_section(layers, "stop")),
         work=tuple(work),
         path=chosen,
     )

@@ -58,6 +58,7 @@ PATH = Kind(check.path, placed=True)
 FILE = Kind(check.readable, placed=True)
 BOOLEAN = Kind(check.boolean, _text_to_boolean)
 COUNT = Kind(check.count, _text_to_number)
+COUNT_OR_NONE = Kind(check.count_or_none, _text_to_number)
 PERIOD = Kind(check.period, _text_to_number)
 DURATION = Kind(check.duration, _text_to_number)
 
@@ -104,5 +105,18 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "grace_seconds": DURATION,
         "timeout_seconds": PERIOD,
         "command": Kind(check.command),
+        "crash_retries": COUNT_OR_NONE,
+    },
+    "output": {
+        "max_mb": Kind(check.megabytes, _text_to_number),
+        "keep_days": PERIOD,
+        "show": BOOLEAN,
+    },
+    "stop": {
+        "on_stop": Kind(check.one_of("drain", "cancel", "keep", "reschedule")),
+        "on_restart": Kind(check.one_of("drain", "cancel", "keep", "reschedule")),
+        "drain_timeout_seconds": DURATION,
+        "then": Kind(check.one_of("cancel", "keep", "reschedule")),
+        "shutdown_timeout_seconds": DURATION,
     },
 }

@@ -11,17 +11,13 @@ from supervisor.config import Flows
 from supervisor.errors import NotFound, Refused
 from supervisor.lifecycle import (
     MAX_STARTS,
-    Decision,
-    Done,
     Exit,
     Hook,
     Outcome,
-    Relaunch,
     Report,
     StopReason,
-    decide,
-    hook_owed,
 )
+from supervisor.lifecycle.decision import Decision, Done, Relaunch, decide, hook_owed
 from supervisor.logs import last_lines
 from supervisor.model import Answer, FlowRun, Job, Proposal, State, StateType
 from supervisor.runs.kit import Kit

@@ -14,11 +14,9 @@ from supervisor.lifecycle import (
     MAX_STARTS,
     Claiming,
     Closed,
-    Decision,
     Exited,
     Outcome,
     Phase,
-    Relaunch,
     Report,
     Running,
     Starting,
@@ -26,6 +24,7 @@ from supervisor.lifecycle import (
     StopReason,
     step,
 )
+from supervisor.lifecycle.decision import Decision, Relaunch
 from supervisor.model import Answer, FlowRun, Job, Proposal, StateType
 from supervisor.process.channel import Intent, Session
 from supervisor.process.launch import Child

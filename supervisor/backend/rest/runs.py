@@ -23,7 +23,10 @@ async def history(api: Api, run_id: str) -> list[State]:
 
 
 async def propose(api: Api, run_id: str, proposal: Proposal) -> Verdict:
-    state: dict[str, Any] = {"type": proposal.type, "state_details": {"transition_id": proposal.transition_id}}
+    details: dict[str, Any] = {"transition_id": proposal.transition_id}
+    if proposal.scheduled is not None:
+        details["scheduled_time"] = proposal.scheduled.isoformat()
+    state: dict[str, Any] = {"type": proposal.type, "state_details": details}
     if proposal.name is not None:
         state["name"] = proposal.name
     if proposal.message is not None:
