@@ -1,5 +1,6 @@
 # make test    everything: lint, then all tests against real Prefect servers and engines
 # make lint    ruff and mypy
+# make torture kills agents at every failpoint and 200 times at random; SEED=n, KILLS=n, MINUTES=n
 # make bench   flow-agent beside the real Prefect worker, in one session, as ratios
 # make demo    a Prefect server, the agent and three flow runs, shown live and removed again
 #
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench demo test lint envs
+.PHONY: bench demo test torture lint envs
 
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+torture: envs $(VENV)/.dev
+	$(VENV)/bin/python -m tests.torture --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/flow-agent demo --python "$$($(VENV)/bin/python tests/envs.py $(DEMO))"

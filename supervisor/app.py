@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime
 from functools import partial
 
 import trio
@@ -17,13 +17,18 @@ from supervisor.backend.base import Backend
 from supervisor.backend.http import HttpApi
 from supervisor.backend.rest.client import RestBackend
 from supervisor.config import Config, Work
-from supervisor.config.secrets import credentials
-from supervisor.lifecycle import StopReason
+from supervisor.config.secrets import credentials, flow_secrets
+from supervisor.journal import Journal
+from supervisor.lifecycle.record import Record
+from supervisor.logs import OutputKeeper
 from supervisor.model import FlowRun
+from supervisor.process.adopt import marked_runs
 from supervisor.process.channel import ControlChannel
 from supervisor.process.environ import inherited
 from supervisor.process.interpreter import Interpreters
+from supervisor.process.ref import boot_id
 from supervisor.runs.canceller import Canceller
+from supervisor.runs.departure import Departure, exit_status
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.heartbeat import Heartbeat
 from supervisor.runs.kit import Kit
@@ -31,15 +36,18 @@ from supervisor.runs.ladder import Ladder, Rung
 from supervisor.runs.launcher import Launcher
 from supervisor.runs.patience import Patience
 from supervisor.runs.poller import Poller
+from supervisor.runs.recovery import Recovery
 from supervisor.runs.roster import Roster
 from supervisor.runs.run import Run
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
 from supervisor.statedir import StateDirectory
+from supervisor.systemd.manager import Intent, Manager
 from supervisor.systemd.notify import Notifier, clear_environment
 from supervisor.systemd.watchdog import Watchdog
 
-KILL_SECONDS = 5.0  # the longest that reports may delay the end of an agent that was told to kill and go
+JOURNAL = "journal.sqlite3"
+SWEEP_SECONDS = 3600.0  # how often old output is looked for
 BEAT_SECONDS = 5.0  # how often the run loop shows that it is alive
 
 _log = logging.getLogger("flow-agent")
@@ -64,15 +72,17 @@ async def connect(config: Config) -> AsyncIterator[Backend]:
 async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:
     notifier = Notifier.from_environ(os.environ)
     watchdog = Watchdog.from_environ(notifier, os.environ)
+    manager = Manager.from_environ(os.environ)
     clear_environment()
     interpreters = Interpreters()
     with StateDirectory(config.agent.state_dir, name=config.agent.name) as state:
         await _check_interpreters(config, interpreters)
-        async with connect(config) as backend:
-            agent = _Agent(config, backend, state, interpreters, notifier, watchdog)
-            if not hide_welcome:
-                agent.welcome()
-            return await agent.work(run_once=run_once)
+        with closing(Journal.open(state.path / JOURNAL)) as journal:
+            async with connect(config) as backend:
+                agent = _Agent(config, backend, state, journal, interpreters, notifier, watchdog, manager)
+                if not hide_welcome:
+                    agent.welcome()
+                return await agent.work(run_once=run_once)
 
 
 async def _check_interpreters(config: Config, interpreters: Interpreters) -> None:
@@ -90,34 +100,55 @@ class _Agent:
         config: Config,
         backend: Backend,
         state: StateDirectory,
+        journal: Journal,
         interpreters: Interpreters,
         notifier: Notifier,
         watchdog: Watchdog,
+        manager: Manager,
     ) -> None:
         poll = config.poll
         self._config = config
+        self._state = state
+        self._journal = journal
         self._notifier = notifier
         self._watchdog = watchdog
+        self._manager = manager
         self._ladder = Ladder()
+        self._departure: Departure | None = None
         self._health = ServerHealth(config.api.url)
         self._channel = ControlChannel()
+        self._output = OutputKeeper(config.agent.log_dir, config.output)
         patience = Patience(poll, self._health)
         teller = Teller(backend, patience, worker=config.agent.name, version=__version__)
         launcher = Launcher(
             api_url=config.api.url,
             secrets=lambda: flow_secrets(config, os.environ),
             worker=config.agent.name,
+            state_dir=state.path,
             work_dir=state.work,
-            log_dir=config.agent.log_dir,
+            output=self._output,
             interpreters=interpreters,
             channel=self._channel,
         )
-        kit = Kit(backend=backend, health=self._health, patience=patience, teller=teller, launcher=launcher)
+        kit = Kit(
+            backend=backend,
+            health=self._health,
+            patience=patience,
+            teller=teller,
+            launcher=launcher,
+            journal=journal,
+            output=self._output,
+        )
 
         def new_run(offer: FlowRun, source: Source) -> Run:
-            return Run(offer, source, kit)
+            record = Record.claiming(offer, str(source.work), boot_id(), datetime.now(UTC))
+            return Run(record, source.work, kit)
 
-        self._roster = Roster(config.agent.limit, new_run)
+        def earlier_run(record: Record, work: Work) -> Run:
+            return Run(record, work, kit, recovered=True)
+
+        self._roster = Roster(config.agent.limit, new_run, room=lambda: not journal.full)
+        self._recovery = Recovery(self._roster, earlier_run, config.work, config.flows, backend, patience)
         sources = [Source(work, backend) for work in config.work]
         self._pollers = [
             Poller(
@@ -150,8 +181,8 @@ class _Agent:
 
     def describe(self) -> str:
         """The status line."""
-        doing = {Rung.WORK: "", Rung.DRAIN: "draining: ", Rung.CANCEL: "cancelling: ", Rung.KILL: "killing: "}
-        return f"{doing[self._ladder.rung]}{self._roster.describe()}, {self._health.describe()}"
+        doing = f"{self._departure.doing}: " if self._departure is not None and self._departure.doing else ""
+        return f"{doing}{self._roster.describe()}, {self._health.describe()}"
 
     async def work(self, *, run_once: bool) -> int:
         """Everything the agent does between its start and its end. The indentation is the order of shutdown."""
@@ -160,11 +191,17 @@ class _Agent:
             await services.start(self._channel.serve)
             for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat):
                 services.start_soon(service)
+            services.start_soon(self._journal.run)
+            services.start_soon(self._keep_house)
             services.start_soon(self._notifier.run_status, self.describe)
             async with trio.open_nursery() as runs:
                 self._roster.open(runs)
+                self._go_on(runs)
                 async with trio.open_nursery() as polls:
-                    await services.start(self._signals, polls.cancel_scope, runs.cancel_scope)
+                    departure = Departure(self._roster, self._config.stop, polls.cancel_scope, runs.cancel_scope)
+                    self._departure = departure
+                    services.start_soon(departure.leave_debts)
+                    await services.start(self._signals, departure, services)
                     self._notifier.ready(self.describe())
                     if run_once:
                         asked = all([await poller.poll_once() for poller in self._pollers])
@@ -178,7 +215,24 @@ class _Agent:
             await self._heartbeat.sign_off()
             services.cancel_scope.cancel()
         self._say_goodbye()
-        return 1 if self._ladder.rung is Rung.KILL or not asked else 0
+        return exit_status(self._ladder.rung, asked)
+
+    def _go_on(self, runs: trio.Nursery) -> None:
+        """With what an earlier agent has left, before anything new is asked for."""
+        records = self._journal.open_records()
+        self._recovery.take(records)
+        marked = marked_runs(self._state.path)
+        known = {record.run.id for record in records}
+        # With a sound journal everything that bears our mark is in it.
+        if lost := {run_id: ref for run_id, ref in marked.items() if run_id not in known}:
+            runs.start_soon(self._recovery.take_marked, lost)
+        self._state.sweep(keep=known | marked.keys())
+
+    async def _keep_house(self) -> None:
+        while True:
+            live = {run_.id for run_ in self._roster.all()}
+            await self._output.sweep(live)
+            await trio.sleep(SWEEP_SECONDS)
 
     def _say_goodbye(self) -> None:
         counts = ", ".join(f"{count} {outcome.value}" for outcome, count in sorted(self._roster.closed.items()))
@@ -195,8 +249,8 @@ class _Agent:
 
     async def _signals(
         self,
-        polls: trio.CancelScope,
-        runs: trio.CancelScope,
+        departure: Departure,
+        services: trio.Nursery,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -207,46 +261,27 @@ class _Agent:
                 if signum == signal.SIGHUP:
                     _log.warning("SIGHUP: this version cannot reload its configuration; restart it instead")
                     continue
-                rung = self._ladder.push(signum, trio.current_time())
-                if rung is not None:
-                    self._climb(rung, signal.Signals(signum).name, polls, runs)
+                rung, name = self._ladder.push(signum, trio.current_time()), signal.Signals(signum).name
+                if rung is Rung.DRAIN:
+                    services.start_soon(self._depart, departure, name)
+                elif rung is Rung.CANCEL:
+                    departure.cancel_all(name)
+                elif rung is Rung.KILL:
+                    departure.kill_all(name)
 
-    def _climb(self, rung: Rung, name: str, polls: trio.CancelScope, runs: trio.CancelScope) -> None:
-        live = len(self._roster)
-        polls.cancel()
-        if rung is Rung.DRAIN:
-            wait = f"; waiting for {live} live run(s), signal again to cancel them" if live else ""
-            _log.info("%s: taking no new runs%s", name, wait)
-        elif rung is Rung.CANCEL:
-            _log.warning("%s: cancelling %d live run(s), signal again to kill them", name, live)
-            for run_ in self._roster.all():
-                run_.ask_to_stop(StopReason.OPERATOR, f"Cancelled by flow-agent: it was told to stop ({name}).")
-        else:
-            _log.error("%s: killing %d live run(s)", name, live)
-            for run_ in self._roster.all():
-                run_.ask_to_stop(StopReason.OPERATOR, f"Killed by flow-agent: it was told to go ({name}).", hurry=True)
-            runs.deadline = trio.current_time() + KILL_SECONDS
+    async def _depart(self, departure: Departure, name: str) -> None:
+        """The first signal to stop: what it means depends on what systemd is about to do with us."""
+        stop = self._config.stop
+        match await self._manager.intent():
+            case Intent.SHUTDOWN:
+                await departure.shut_down(name)
+            case Intent.RESTART:
+                await departure.act(stop.on_restart, name)
+            case Intent.STOP:
+                await departure.act(stop.on_stop, name)
 
 
 def _turn_seconds(work: Work, timeout: float) -> float:
     """The longest one poll may honestly take: every request of it at its deadline, and some for the machine."""
     queues = max(len(work.queues), 20 if work.match else 0, len(work.deployments))
     return timeout * (4 + 3 * queues) + 10.0
-
-
-def flow_secrets(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
-    """What a flow needs to speak to the same server as we do, as Prefect's own settings."""
-    api = config.api
-    found = credentials(api, environ)
-    settings: dict[str, str] = {}
-    if found.auth_string is not None:
-        settings["PREFECT_API_AUTH_STRING"] = found.auth_string
-    elif found.api_key is not None:
-        settings["PREFECT_API_KEY"] = found.api_key
-    if api.ca_file is not None:
-        settings["PREFECT_API_SSL_CERT_FILE"] = str(api.ca_file)
-    if not api.verify:
-        settings["PREFECT_API_TLS_INSECURE_SKIP_VERIFY"] = "true"
-    if api.headers:
-        settings["PREFECT_CLIENT_CUSTOM_HEADERS"] = json.dumps(dict(api.headers))
-    return settings

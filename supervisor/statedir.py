@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from supervisor.errors import ConfigError, StateDirectoryHeld
@@ -17,8 +17,8 @@ _log = logging.getLogger("flow-agent")
 class StateDirectory:
     """The directory, ours between `__enter__` and `__exit__`.
 
-    `work` is where runs get their private directories; those a dead agent left behind are removed on entering. Owns the
-    file descriptor that holds the lock: the kernel lets go of it however we die, and no child inherits it.
+    `work` is where runs get their private directories. Owns the file descriptor that holds the lock: the kernel lets go
+    of it however we die, and no child inherits it.
     """
 
     def __init__(self, path: Path, *, name: str) -> None:
@@ -39,7 +39,6 @@ class StateDirectory:
                 f"cannot use the state directory {self.path}: {error.strerror or error}; "
                 "give this user a directory it may write to, or set agent.state_dir to one"
             ) from error
-        self._sweep()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,10 +70,12 @@ class StateDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _sweep(self) -> None:
-        """Removes the private directories of runs that are over."""
+    def sweep(self, keep: Collection[str]) -> None:
+        """Removes the private directories of runs that are over; `keep` are the ids of those that are not."""
         in_use = set(_working_directories())
         for leftover in self.work.iterdir():
+            if leftover.name in keep:
+                continue
             if any(path.is_relative_to(leftover.resolve()) for path in in_use):
                 _log.warning("left %s alone: a process of an earlier agent's run still works in it", leftover)
                 continue

@@ -201,5 +201,6 @@ def config_for(
         "poll": {"interval_seconds": 0.5, "cancel_interval_seconds": 0.5, "heartbeat_seconds": 2},
         "flows": {"python": server.python, "grace_seconds": 5},
     }
-    merged: dict[str, Any] = {name: {**table, **sections.get(name, {})} for name, table in defaults.items()}
+    names = [*defaults, *(name for name in sections if name not in defaults)]
+    merged: dict[str, Any] = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}
     return {**merged, "work": [dict(one) for one in work]}

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import trio
 import trio.testing
 
 from supervisor.config import Flows, Work
 from supervisor.errors import BackendError, NotFound
+from supervisor.lifecycle import Phase
+from supervisor.lifecycle.record import Record
 from supervisor.model import (
     Answer,
     Deployment,
@@ -66,6 +69,48 @@ def offer(run_id: str = "r1", *, deployment: str | None = "d1", name: str = "Sch
         state_name=name,
         **values,
     )
+
+
+class FakeJournal:
+    """Keeps the latest record of each claim, and every step."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.steps: list[tuple[str, Phase]] = []
+        self.full = False
+        self.retries = 0
+
+    async def write(self, record: Record, *, durable: bool = True) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.records[record.claim_id] = record
+        self.steps.append((record.claim_id, record.phase))
+        return not self.full
+
+    async def write_patiently(self, record: Record) -> None:
+        while not await self.write(record):
+            await trio.sleep(1)
+
+    def forget(self, claim_id: str) -> None:
+        self.records.pop(claim_id, None)
+
+    def crash_retries(self, run_id: str) -> int:
+        return self.retries
+
+
+class NoOutput:
+    """A run without output."""
+
+    async def watch(self, run_id: str, shown: int, show: Any) -> None:
+        await trio.sleep_forever()
+
+    async def finish(self, run_id: str, shown: int, show: Any) -> int:
+        return shown
+
+
+def record_of(run: FlowRun, phase: Phase | None = None, **values: Any) -> Record:
+    """A record, by default of a run that is about to be claimed."""
+    record = Record.claiming(run, "pool 'p'", "boot", datetime(2026, 1, 1, tzinfo=UTC))
+    return msgspec.structs.replace(record, **{**({} if phase is None else {"phase": phase}), **values})
 
 
 class FakeBackend:
@@ -277,6 +322,10 @@ class FakeBackend:
 
     async def write_logs(self, records: Sequence[LogRecord]) -> None:
         await self._call("write_logs", tuple(records))
+
+    async def has_log(self, run_id: str, message: str) -> bool:
+        await self._call("has_log", run_id)
+        return False
 
     async def emit(
         self,

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from supervisor.cli import app
 from supervisor.cli.check import table
 from supervisor.cli.survey import Row, survey
-from supervisor.config import Agent, Api, Config, Credentials, Flows, Poll, Work
+from supervisor.config import Agent, Api, Config, Credentials, Flows, Output, Poll, Stop, Work
 from supervisor.errors import (
     ConfigError,
     InterpreterError,
@@ -340,6 +340,8 @@ def look(*work: dict[str, Any], server: FakeServer | None = None, secrets: Crede
         api=Api(url="http://x/api"),
         poll=Poll(),
         flows=flows,
+        output=Output(),
+        stop=Stop(),
         work=tuple(Work(**{"flows": flows, **table}) for table in work),
     )
 

@@ -141,7 +141,7 @@ def test_a_flow_sees_a_clean_environment_and_a_private_directory(
     assert environ["FLOW_AGENT_RUN_ID"] == run
     assert (environ["FROM_JOB"], environ["FROM_CONFIG"], environ["PASSED_ON"]) == ("job", "config", "yes")
     ours = {name for name in environ if name.startswith("FLOW_AGENT_") and not name.startswith("FLOW_AGENT_TEST_")}
-    assert ours == {"FLOW_AGENT_RUN_ID"}
+    assert ours == {"FLOW_AGENT_RUN_ID", "FLOW_AGENT_RUN_HOME"}
     assert not {"NOT_PASSED", "NOTIFY_SOCKET", "WATCHDOG_USEC", "VIRTUAL_ENV", "PYTHONPATH"} & set(environ)
     assert Path(found["cwd"]).is_relative_to(agent.state_dir)
     wait_until(lambda: not Path(found["cwd"]).exists(), 15, "its private directory is removed")

@@ -10,14 +10,15 @@ import pytest
 
 from supervisor.config import Flows, Poll
 from supervisor.errors import LostAnswer, ServerTrouble, Unreachable
-from supervisor.lifecycle import Exit, Hook, Outcome, StopReason
+from supervisor.lifecycle import Exit, Exited, Hook, Outcome, StopReason
 from supervisor.model import FlowRun, Job, StateType
 from supervisor.runs.ending import Ending, Facts, engine_ran_hooks
+from supervisor.runs.entry import Entry
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.kit import Kit
 from supervisor.runs.patience import Patience
 from supervisor.runs.teller import Teller
-from tests.fakes import FakeBackend, offer, on_jumping_clock
+from tests.fakes import FakeBackend, FakeJournal, NoOutput, offer, on_jumping_clock, record_of
 
 KILLED = Exit(signal=9)
 
@@ -44,9 +45,13 @@ async def end(backend: FakeBackend, facts: Facts, output: Path = Path("/nowhere"
         patience=patience,
         teller=Teller(backend, patience, worker="w", version="0"),
         launcher=hooks,  # type: ignore[arg-type]
+        journal=FakeJournal(),
+        output=NoOutput(),
     )
     log = logging.LoggerAdapter(logging.getLogger("test"), {})
-    ending = Ending(offer(), Flows(python=Path("/nowhere")), kit, output, log)
+    record = record_of(offer(), Exited(how=facts.how, stopped=facts.stopped))
+    entry = Entry(record, kit.journal, "boot", log)
+    ending = Ending(entry, Flows(python=Path("/nowhere")), kit, output, log)
     run, decision = await ending.look(facts)
     return await ending.settle(run, decision, facts, Job()), hooks
 

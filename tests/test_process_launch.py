@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ import trio
 
 from supervisor.errors import JobError
 from supervisor.lifecycle import Exit
+from supervisor.process.cgroup import RunGroup
 from supervisor.process.launch import Child, launch, private_directory, remove_directory
 from supervisor.process.ref import alive, identify
 
@@ -164,28 +166,92 @@ def test_cancelled_or_refused_starts_leave_no_descriptor_and_no_child(tmp_path: 
     assert set(psutil.Process().children()) <= children
 
 
-def refusal(folder: Path, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+# Variables that one shell or another drops or gives a value of its own.
+ODD = {"odd.name": "1", "0": "2", "IFS": "3", "PWD": "/4", "OPTIND": "5", "SHLVL": "6", "_": "7", "PPID": "8", "": "9"}
+
+
+@pytest.mark.parametrize("name", [None, *ODD])
+def test_a_child_in_a_group_has_exactly_its_environment_too(tmp_path: Path, name: str | None) -> None:
+    env = ENV | {"QUOTES": "'\"$(true)`\\\n ", "EMPTY": "", "NEITHER": "\udcff"}
+    if name is not None:
+        env[name] = ODD[name]
+    script = (
+        "import json, os; print(json.dumps([dict(os.environ), os.getsid(0), os.getpid(), os.listdir('/proc/self/fd')]))"
+    )
+
     async def main() -> None:
-        await launch(argv, env=env or ENV, cwd=cwd or folder, output=folder / "output")
+        group = RunGroup(tmp_path / "group", tmp_path)
+        argv = [sys.executable, "-S", "-c", script]
+        child = await launch(argv, env=env, cwd=tmp_path, output=tmp_path / "output", group=group)
+        assert await child.wait() == Exit(code=0), said(tmp_path)
+        environ, session, pid, descriptors = json.loads(said(tmp_path))
+        # The locale is Python's own doing; a bash in the place of sh says in `_` what it has started.
+        assert environ.keys() - env.keys() <= {"LC_CTYPE", "_"}
+        assert {key: environ[key] for key in env} == env
+        assert session == pid == child.ref.pid
+        assert (tmp_path / "group" / "cgroup.procs").read_text().strip() == str(pid)
+        assert sorted(map(int, descriptors))[:-1] == [0, 1, 2]
+
+    trio.run(main)
+
+
+@pytest.fixture(params=["with a group", "without"])
+def grouped(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "with a group")
+
+
+def refusal(
+    folder: Path, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None, grouped: bool = False
+) -> str:
+    group = RunGroup(folder / "group", folder) if grouped else None
+
+    async def main() -> None:
+        await launch(argv, env=env or ENV, cwd=cwd or folder, output=folder / "output", group=group)
 
     with pytest.raises(JobError) as caught:
         trio.run(main)
     return str(caught.value)
 
 
-def test_what_cannot_be_started_is_said_in_words(tmp_path: Path) -> None:
+def test_what_cannot_be_started_is_said_in_words(tmp_path: Path, grouped: bool) -> None:
+    refused = partial(refusal, tmp_path, grouped=grouped)
     plain = tmp_path / "plain"
     plain.write_text("")
-    assert refusal(tmp_path, "/nowhere/python") == "cannot start '/nowhere/python': No such file or directory"
-    assert refusal(tmp_path, "no-such-program") == "cannot start 'no-such-program': No such file or directory"
-    assert refusal(tmp_path, str(plain)) == f"cannot start '{plain}': Permission denied"
-    assert refusal(tmp_path, "true", cwd=tmp_path / "gone") == (
-        f"cannot start 'true' in '{tmp_path / 'gone'}': No such file or directory"
-    )
-    assert refusal(tmp_path) == "cannot start the run: its command is empty"
-    assert "null byte" in refusal(tmp_path, "true", "a\0b")
-    assert "null byte" in refusal(tmp_path, "true", env=ENV | {"A": "a\0b"})
-    assert "illegal environment variable name" in refusal(tmp_path, "true", env=ENV | {"A=B": "c"})
+    script = tmp_path / "script"  # as in a virtual environment whose Python has been removed
+    script.write_text("#!/nowhere/python -u\n")
+    script.chmod(0o755)
+    missing = "No such file or directory"
+    assert refused("/nowhere/python") == f"cannot start '/nowhere/python': {missing}"
+    assert refused("no-such-program") == f"cannot start 'no-such-program': {missing}"
+    assert refused("./no-such-program") == f"cannot start './no-such-program': {missing}"
+    assert refused(str(script)) == f"cannot start '{script}': {missing}"
+    assert refused(str(plain)) == f"cannot start '{plain}': Permission denied"
+    assert refused("plain", env={"PATH": f"/nowhere:{tmp_path}"}) == "cannot start 'plain': Permission denied"
+    assert refused("/usr") == "cannot start '/usr': Permission denied"
+    for program in ("true", "./true"):
+        assert refused(program, cwd=tmp_path / "gone") == (
+            f"cannot start '{program}' in '{tmp_path / 'gone'}': No such file or directory"
+        )
+    assert refused() == "cannot start the run: its command is empty"
+    assert "null byte" in refused("true", "a\0b")
+    assert "null byte" in refused("true", env=ENV | {"A": "a\0b"})
+    assert "illegal environment variable name" in refused("true", env=ENV | {"A=B": "c"})
+
+
+@pytest.mark.parametrize("program", ["true", "/bin/true", "./here", "here"])
+def test_what_can_be_started_is_started_in_a_group_too(tmp_path: Path, grouped: bool, program: str) -> None:
+    script = tmp_path / "here"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    group = RunGroup(tmp_path / "group", tmp_path) if grouped else None
+
+    async def main() -> None:
+        env = {"PATH": f"{tmp_path / 'nowhere'}:.:{os.environ['PATH']}"}
+        child = await launch([program], env=env, cwd=tmp_path, output=tmp_path / "output", group=group)
+        assert await child.wait() == Exit(code=0)
+        assert said(tmp_path) == ""
+
+    trio.run(main)
 
 
 def test_output_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:

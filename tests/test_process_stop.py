@@ -404,3 +404,23 @@ def test_a_process_without_others_is_not_even_stopped(tmp_path: Path) -> None:
             await end(child.ref, z.run_id, grace=5)
 
     zoo(tmp_path, visit)
+
+
+def test_an_agent_that_died_while_it_held_the_engine_still_costs_the_engine_nothing(tmp_path: Path) -> None:
+    script = """
+signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+child(lambda: (os.setsid(), live()))
+live()
+"""
+
+    async def visit(z: Zoo) -> None:
+        child = await z.open(script, 2)
+        await end_others(child.ref, z.run_id, grace=600)
+        assert psutil.Process(child.ref.pid).status() == psutil.STATUS_STOPPED
+        # Nothing but the reference and the id is left of what the agent knew.
+        ref = ProcessRef(pid=child.ref.pid, start_ticks=child.ref.start_ticks, boot_id=child.ref.boot_id)
+        with trio.fail_after(30):
+            assert await end(ref, z.run_id, grace=600) == 0
+        assert await child.wait() == Exit(code=3)
+
+    zoo(tmp_path, visit)

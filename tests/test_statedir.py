@@ -87,8 +87,17 @@ def test_leftover_directories_of_dead_agents_are_removed(tmp_path: Path) -> None
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
     with StateDirectory(tmp_path, name="me") as state:
+        state.sweep(keep=set())
         assert list(state.work.iterdir()) == []
     assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_the_directory_of_a_run_that_goes_on_is_kept(tmp_path: Path) -> None:
+    for run in ("open", "over"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+    with StateDirectory(tmp_path, name="me") as state:
+        state.sweep(keep={"open"})
+        assert [left.name for left in state.work.iterdir()] == ["open"]
 
 
 def test_a_directory_in_which_somebody_still_works_is_left_alone(tmp_path: Path) -> None:
@@ -97,6 +106,7 @@ def test_a_directory_in_which_somebody_still_works_is_left_alone(tmp_path: Path)
     (tmp_path / "runs" / "idle").mkdir()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, cwd=busy) as worker:
         with StateDirectory(tmp_path, name="me") as state:
+            state.sweep(keep=set())
             assert [left.name for left in state.work.iterdir()] == ["busy"]
         worker.communicate(b"\n")
 

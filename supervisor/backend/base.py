@@ -104,6 +104,9 @@ class Backend(Protocol):
     async def write_logs(self, records: Sequence[LogRecord]) -> None:
         """Appends lines to runs' logs. Splits what the server would refuse as too large."""
 
+    async def has_log(self, run_id: str, message: str) -> bool:
+        """Whether the end of the run's log holds that line."""
+
     async def emit(
         self,
         event: str,

@@ -21,7 +21,8 @@ from supervisor.config.secrets import SECRET_VARIABLES
 PREFIX = "FLOW_AGENT_"
 FILE_VARIABLE = "FLOW_AGENT_CONFIG"
 _OTHERS_PREFIX = "FLOW_AGENT_TEST_"
-_OTHERS = frozenset({FILE_VARIABLE, "FLOW_AGENT_RUN_ID", *SECRET_VARIABLES})  # the second is the mark of a run
+_MARKS = ("FLOW_AGENT_RUN_ID", "FLOW_AGENT_RUN_HOME")  # of a run's processes: a flow may start a flow-agent
+_OTHERS = frozenset({FILE_VARIABLE, *_MARKS, *SECRET_VARIABLES})
 _FLAGS = {
     "agent.limit": "--limit",
     "agent.name": "--name",

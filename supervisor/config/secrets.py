@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,3 +76,21 @@ def _everybody_reads(path: Path) -> bool:
         return bool(path.stat().st_mode & stat.S_IROTH)
     except OSError:
         return False
+
+
+def flow_secrets(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a flow needs to speak to the same server as we do, as Prefect's own settings."""
+    api = config.api
+    found = credentials(api, environ)
+    settings: dict[str, str] = {}
+    if found.auth_string is not None:
+        settings["PREFECT_API_AUTH_STRING"] = found.auth_string
+    elif found.api_key is not None:
+        settings["PREFECT_API_KEY"] = found.api_key
+    if api.ca_file is not None:
+        settings["PREFECT_API_SSL_CERT_FILE"] = str(api.ca_file)
+    if not api.verify:
+        settings["PREFECT_API_TLS_INSECURE_SKIP_VERIFY"] = "true"
+    if api.headers:
+        settings["PREFECT_CLIENT_CUSTOM_HEADERS"] = json.dumps(dict(api.headers))
+    return settings

@@ -18,6 +18,9 @@ class Done(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
+# A stop for these reasons is no cancellation: a run that has suspended itself stays suspended.
+HANDING_OVER = (StopReason.RESCHEDULE, StopReason.SHUTDOWN)
+
 Decision = Relaunch | Report | Done
 
 
@@ -37,18 +40,36 @@ def decide(
             return _cancelled(why or run.state.message or "Cancelled on request.")
         case State(type=StateType.CANCELLED) if stopped in (None, StopReason.CANCEL):
             return Done(Outcome.CANCELLED)
-        case State(type=StateType.CRASHED) if stopped is not None:
-            # Our own signal made an engine without a control channel call it a crash.
-            return _cancelled(why or "Cancelled on request.")
-        case State(type=StateType.CRASHED):
-            return Done(Outcome.CRASHED)
+        case State(type=StateType.CRASHED) if stopped in (None, StopReason.SHUTDOWN):
+            return Done(Outcome.CRASHED)  # else our own signal made an engine without a control channel call it so
         case State(type=StateType.COMPLETED | StateType.FAILED):
             return Done(Outcome.FINISHED)
-        case State(type=StateType.PAUSED, pause_reschedule=True) if stopped is None:
+        case State(type=StateType.PAUSED, pause_reschedule=True) if stopped in (None, *HANDING_OVER):
             return Done(Outcome.HANDED_BACK)
-    if stopped is not None:
-        return _cancelled(why or "Cancelled on request.")
-    return _left_open(how, run, starts)
+    return _left_open(how, run, starts) if stopped is None else _ended_by_us(run, stopped, why)
+
+
+def _ended_by_us(run: FlowRun, stopped: StopReason, why: str) -> Decision:
+    match stopped:
+        case StopReason.RESCHEDULE if run.state_type is StateType.SCHEDULED:
+            return Done(Outcome.HANDED_BACK)
+        case StopReason.RESCHEDULE:
+            return retry(why or "Handed back.")
+        case StopReason.SHUTDOWN:
+            message = why or "The machine went down while it ran."
+            return Report(type=StateType.CRASHED, message=message, outcome=Outcome.CRASHED, show_output=True)
+    return _cancelled(why or "Cancelled on request.")
+
+
+def retry(message: str, *, show_output: bool = False) -> Report:
+    """The run is handed back to the server, to be offered again at once, to us or to others."""
+    return Report(
+        type=StateType.SCHEDULED,
+        name="AwaitingRetry",
+        message=message,
+        outcome=Outcome.HANDED_BACK,
+        show_output=show_output,
+    )
 
 
 def _cancelled(message: str) -> Report:

@@ -10,6 +10,8 @@ import msgspec
 from supervisor.lifecycle import Claiming, Hook, Phase, StopReason
 from supervisor.model import FlowRun, Job
 
+SUBMITTING = "submitting"  # the proposal that follows upon the claim on servers that know it
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One claim of one run by this agent. A run that is suspended or rescheduled and claimed again gets a new one.

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+STATE_MARK = "FLOW_AGENT_RUN_HOME"  # whose run it is, of several agents on the machine
 MARK = "FLOW_AGENT_RUN_ID"  # every process of a run bears it, so that none can be lost when the run is ended
 RUN_ID = "PREFECT__FLOW_RUN_ID"
 

@@ -7,8 +7,10 @@ print), no descriptor of ours.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -20,9 +22,26 @@ import trio
 
 from supervisor.errors import JobError
 from supervisor.lifecycle import Exit, ProcessRef
+from supervisor.process.brand import birth
+from supervisor.process.cgroup import RunGroup
+from supervisor.process.environ import MARK
+from supervisor.process.reaper import expect
 from supervisor.process.ref import identify
 
 log = logging.getLogger(__name__)
+
+# Joins the group named first, then becomes the program: the same process, so whatever the program does first is done in
+# the group. Python can start nothing straight in a group (CLONE_INTO_CGROUP), and code of ours between fork and exec
+# could hang for ever in a process with threads. A group that cannot be joined is no reason not to run.
+_SHELL = "/bin/sh"
+_JOIN = 'echo $$ >"$1/cgroup.procs"; shift; unset PWD OLDPWD SHLVL; exec "$@"'
+
+# A shell drops variables that it could not name, and gives these a value of its own.
+_SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SHELLS_OWN = re.compile(
+    r"_|PWD|OLDPWD|SHLVL|IFS|OPT(IND|ARG|ERR)|PS[0-9]|E?UID|PPID|LINENO|RANDOM|SRANDOM|SECONDS|REPLY|GROUPS|DIRSTACK"
+    r"|FUNCNAME|PIPESTATUS|MAPFILE|HISTCMD|SHELLOPTS|POSIXLY_CORRECT|ENV|(BASH|COMP_|READLINE_|EPOCH|KSH).*"
+)
 
 
 class Child:
@@ -40,24 +59,33 @@ class Child:
         return Exit.from_returncode(await self._process.wait())
 
 
-async def launch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Path) -> Child:
+async def launch(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Path, group: RunGroup | None = None
+) -> Child:
     """Start `argv` in its own session, with exactly `env`; what it prints is appended to the file `output`.
 
-    A program without a slash is looked up in the PATH of `env`. Raises `JobError` when it cannot be started.
+    With `group`, which is made when it is missing, it is in that group from its first instruction. A program without a
+    slash is looked up in the PATH of `env`. Raises `JobError` when it cannot be started.
     """
     if not argv:
         raise JobError("cannot start the run: its command is empty")
+    if group is not None and not group.create():
+        group = None
+    by_shell = group is not None and _hands_on(argv[0], env)
     descriptor = _open_output(output)
     try:
-        process = await trio.lowlevel.open_process(
-            [*argv],
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            env=dict(env),
-            cwd=os.fspath(cwd),
-            start_new_session=True,
-        )
+        if by_shell:
+            _refuse(argv[0], env, cwd)
+        async with birth(env.get(MARK)):
+            process = await trio.lowlevel.open_process(
+                [_SHELL, "-c", _JOIN, _SHELL, os.fspath(group.path), *argv] if group and by_shell else [*argv],
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                env=dict(env),
+                cwd=os.fspath(cwd),
+                start_new_session=True,
+            )
     except OSError as error:
         # subprocess names the folder when it was the change into it that failed.
         where = f" in '{cwd}'" if error.filename == os.fspath(cwd) else ""
@@ -69,7 +97,50 @@ async def launch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, outp
     ref = identify(process.pid)
     if ref is None:  # even one that ended at once is there as a zombie until `wait` has fetched its status
         raise RuntimeError(f"internal error: the process {process.pid} that was just started is not in /proc")
+    expect(ref)
+    if group is not None and not by_shell:
+        group.add(process.pid)
     return Child(process, ref)
+
+
+def _hands_on(program: str, env: Mapping[str, str]) -> bool:
+    """Whether a shell starts the program by that name and with exactly these variables.
+
+    If not, the process is moved into its group just after its start: its variables matter more than that moment.
+    """
+    if program.startswith("-") or "PATH" not in env or not os.access(_SHELL, os.X_OK):
+        return False
+    return all(_SHELL_NAME.fullmatch(name) and not _SHELLS_OWN.fullmatch(name) for name in env)
+
+
+def _refuse(program: str, env: Mapping[str, str], cwd: Path) -> None:
+    """Raise the `OSError` that starting the program would raise: from behind the shell it could not be told.
+
+    The shell runs a text file without "#!" as a script of its own, as execvp(3) does; that is left to it.
+    """
+    if not cwd.is_dir():
+        return  # the start itself will say so
+    error = errno.ENOENT
+    for folder in [""] if "/" in program else os.get_exec_path(env):
+        path = cwd / folder / program
+        if path.is_file() and os.access(path, os.X_OK, effective_ids=True):
+            if _interpreted(path, cwd):
+                return
+            break  # the kernel says ENOENT of the program when it means the interpreter
+        if path.exists():
+            error = errno.EACCES
+    raise OSError(error, os.strerror(error))
+
+
+def _interpreted(path: Path, cwd: Path) -> bool:
+    """Whether the interpreter that a script names in its first line is there; true for what is no script."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(4096)
+    except OSError:
+        return True  # may be executed and not read
+    words = first[2:].split() if first.startswith(b"#!") else []
+    return not words or (cwd / os.fsdecode(words[0])).exists()
 
 
 def _open_output(output: Path) -> int:

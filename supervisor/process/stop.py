@@ -18,8 +18,9 @@ import psutil
 import trio
 
 from supervisor.lifecycle import ProcessRef
+from supervisor.process.cgroup import RunGroup
 from supervisor.process.members import ref_of, sweep
-from supervisor.process.ref import Stat, alive, same
+from supervisor.process.ref import Stat, alive, identify, same
 
 log = logging.getLogger(__name__)
 
@@ -87,33 +88,34 @@ def _held(ref: ProcessRef) -> Iterator[int | None]:
 # --- ending ---------------------------------------------------------------------------------------------------------
 
 
-async def end(ref: ProcessRef | None, run_id: str, *, grace: float) -> int:
+async def end(ref: ProcessRef | None, run_id: str, *, grace: float, group: RunGroup | None = None) -> int:
     """End every process of the run and return when none lives: how many had to be killed.
 
-    SIGTERM to all of them, up to `grace` seconds for them to go, then SIGKILL until two looks in a row find nobody.
+    SIGTERM to all of them, up to `grace` seconds for them to go, then SIGKILL until two looks in a row find nobody. Of a
+    run with a `group` the kernel kills all at one stroke, and says itself when that is empty.
     A process that not even SIGKILL ends (waiting for a dead disk or file server) is waited for, however long: nobody
     may say that a run has ended while a process of it lives. Give up by cancelling.
     """
     asked: set[ProcessRef] = set()
-    if await _ask_to_go(ref, run_id, grace, asked):
+    if await _ask_to_go(ref, run_id, grace, asked, group) and not (group is not None and group.populated()):
         return 0
-    return await _kill(ref, run_id, asked)
+    return await _kill(ref, run_id, asked, group)
 
 
-async def end_others(ref: ProcessRef, run_id: str, *, grace: float) -> int:
+async def end_others(ref: ProcessRef, run_id: str, *, grace: float, group: RunGroup | None = None) -> int:
     """End everything of the run but its own process: how many had to be killed. `end` or `let_go_on` must follow.
 
     For an engine that reports the run's end itself once it is signalled: nothing else may live by then. It is stopped
     meanwhile (`end` lets it go on after its SIGTERM), so that it cannot take the loss of a child for the flow's failure.
     Who ignores SIGTERM is given no grace, for it does not know that it should go; Python's own resource tracker does.
     """
-    if not await _others(ref, run_id):
+    if not await _others(ref, run_id, group=group):
         return 0
     _send(ref, signal.SIGSTOP)
     asked: set[ProcessRef] = set()
     killed: set[ProcessRef] = set()
     deadline = trio.current_time() + grace
-    while others := await _others(ref, run_id, asked):
+    while others := await _others(ref, run_id, asked, group):
         for stat in others:
             if (member := ref_of(stat)) not in asked:
                 asked.add(member)
@@ -137,10 +139,12 @@ def let_go_on(ref: ProcessRef) -> None:
     _send(ref, signal.SIGCONT)
 
 
-async def _others(ref: ProcessRef, run_id: str, known: Collection[ProcessRef] = ()) -> Sequence[Stat]:
+async def _others(
+    ref: ProcessRef, run_id: str, known: Collection[ProcessRef] = (), group: RunGroup | None = None
+) -> Sequence[Stat]:
     """As `_look`, without the run's own process."""
     for _ in range(2):
-        found = await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known))
+        found = await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known), group)
         if others := [stat for stat in found if ref_of(stat) != ref]:
             return others
     return ()
@@ -156,13 +160,15 @@ def _ignores(pid: int, signum: int) -> bool:
     return bool(int(mask, 16) >> (signum - 1) & 1)
 
 
-async def end_leftovers(run_id: str, ref: ProcessRef | None, *, grace: float = LEFTOVER_GRACE) -> int:
+async def end_leftovers(
+    run_id: str, ref: ProcessRef | None, *, grace: float = LEFTOVER_GRACE, group: RunGroup | None = None
+) -> int:
     """End what a run has left behind after its own process has ended: how many processes there were."""
-    left = await _look(ref, run_id)
+    left = await _look(ref, run_id, group=group)
     if left:
         names = ", ".join(sorted({_name(stat.pid) for stat in left}))
         log.info("ending %d process(es) that the run left behind: %s", len(left), names, extra={"run_id": run_id})
-    await end(ref, run_id, grace=grace)
+    await end(ref, run_id, grace=grace, group=group)
     return len(left)
 
 
@@ -176,14 +182,16 @@ async def wait_gone(refs: Iterable[ProcessRef], timeout: float) -> bool:  # noqa
     return not any(alive(ref) for ref in refs)
 
 
-async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float, asked: set[ProcessRef]) -> bool:
+async def _ask_to_go(
+    ref: ProcessRef | None, run_id: str, grace: float, asked: set[ProcessRef], group: RunGroup | None
+) -> bool:
     """SIGTERM to all, also to those that turn up meanwhile, each once. Whether all were gone within `grace` seconds.
 
     Who was asked is added to `asked`.
     """
     deadline = trio.current_time() + grace
     while True:
-        living = await _look(ref, run_id, asked)
+        living = await _look(ref, run_id, asked, group)
         if not living:
             return True
         new = [stat for stat in living if ref_of(stat) not in asked]
@@ -191,8 +199,9 @@ async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float, asked: s
         for stat in new:
             if not (by_group and ref is not None and stat.group == ref.pid):
                 _send(ref_of(stat), signal.SIGTERM)
-            if stat.state == "T":
-                _send(ref_of(stat), signal.SIGCONT)  # a stopped process takes no signal but this and SIGKILL
+            # A stopped process takes no signal but this and SIGKILL. Sent to all: one that `end_others` has just stopped, or
+            # an agent that died then, may not show it yet.
+            _send(ref_of(stat), signal.SIGCONT)
             asked.add(ref_of(stat))
         left = deadline - trio.current_time()
         if left <= 0:
@@ -200,40 +209,56 @@ async def _ask_to_go(ref: ProcessRef | None, run_id: str, grace: float, asked: s
         await wait_gone([ref_of(stat) for stat in living], left)
 
 
-async def _kill(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef]) -> int:
+async def _kill(
+    ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef], group: RunGroup | None = None
+) -> int:
     killed: set[ProcessRef] = set()
     pause = _SETTLE
     said = False
-    while living := await _look(ref, run_id, {*known, *killed}):
-        if ref is not None:
-            interrupt_group(ref, signal.SIGKILL)  # first all at one stroke: nobody can fork away from under it
+    while (living := await _look(ref, run_id, {*known, *killed}, group)) or (group is not None and group.populated()):
         refs = [ref_of(stat) for stat in living]
-        for member in refs:
-            _send(member, signal.SIGKILL)
+        _shoot(ref, refs, group)
         again = killed.issuperset(refs)
         killed.update(refs)
-        if await wait_gone(refs, pause) or not again:
+        if not living:
+            await trio.sleep(pause)  # in the group, and not in our /proc: nobody whose end could be awaited
+        elif await wait_gone(refs, pause) or not again:
             continue
         if not said and pause >= 1.0:
             said = True
-            stuck = ", ".join(f"{stat.pid} ({_name(stat.pid)}, state {stat.state})" for stat in living)
             log.error(
                 "cannot end process %s: it does not react to SIGKILL or is another user's; waiting",
-                stuck,
+                ", ".join(f"{stat.pid} ({_name(stat.pid)}, state {stat.state})" for stat in living) or f"in {group}",
                 extra={"run_id": run_id},
             )
         pause = min(pause * 2, _PATIENCE)
     return len(killed)
 
 
-async def _look(ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef] = ()) -> Sequence[Stat]:
+def _shoot(ref: ProcessRef | None, refs: Iterable[ProcessRef], group: RunGroup | None) -> None:
+    """SIGKILL: first to all at one stroke, for nobody can fork away from under it, then to each that was seen."""
+    by_list = group is not None and not group.kill()
+    if group is not None and by_list:
+        group.freeze(True)
+        refs = [*refs, *(inside for pid in group.pids() if (inside := identify(pid)) is not None)]
+    if ref is not None:
+        interrupt_group(ref, signal.SIGKILL)
+    for member in refs:
+        _send(member, signal.SIGKILL)
+    if group is not None and by_list:
+        group.freeze(False)
+
+
+async def _look(
+    ref: ProcessRef | None, run_id: str, known: Collection[ProcessRef] = (), group: RunGroup | None = None
+) -> Sequence[Stat]:
     """The run's living processes. Nobody is there only when two looks in a row find nobody.
 
     A look takes a few milliseconds; a process that forks and exits meanwhile can have its child at a place already
     passed, once. Not cancelled halfway: the thread is never left behind.
     """
     for _ in range(2):
-        if found := await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known)):
+        if found := await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known), group):
             return found
     return ()
 

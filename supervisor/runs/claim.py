@@ -10,7 +10,7 @@ only when the run's history shows that it came upon a scheduled run; else the en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from uuid import uuid4
 
 import msgspec
@@ -18,6 +18,7 @@ import trio
 
 from supervisor.backend.base import Backend
 from supervisor.errors import BackendError, NotFound, Refused
+from supervisor.failpoints import failpoint
 from supervisor.model import Answer, FlowRun, Proposal, State, StateType, Verdict
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.patience import Patience
@@ -39,11 +40,19 @@ class Ours(msgspec.Struct, frozen=True):
 
 
 async def claim(
-    backend: Backend, offer: FlowRun, transition_id: str, *, patience: Patience, health: ServerHealth
+    backend: Backend,
+    offer: FlowRun,
+    transition_id: str,
+    *,
+    patience: Patience,
+    health: ServerHealth,
+    in_doubt: bool = False,
 ) -> Ours | NotOurs:
-    """Claims the offered run. Returns once it is certain; until then it holds on through any outage."""
+    """Claims the offered run. Returns once it is certain; until then it holds on through any outage.
+
+    `in_doubt` from the start: a claim of ours may have been stored without our having heard so, by an earlier agent.
+    """
     backoff = patience.backoff()
-    in_doubt = False  # a claim of ours may have been stored without our having heard so
     while True:
         try:
             settled = await _turn(backend, offer, transition_id, in_doubt=in_doubt)
@@ -89,12 +98,14 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
         return NotOurs(reason=f"it is {run.state_name} by now", expected=True)
     if run.retry_in_process:
         return NotOurs(reason="its own process is waiting to retry it", expected=True)
+    failpoint("before claim")
     try:
         verdict = await backend.propose(offer.id, Proposal(type=StateType.PENDING, transition_id=transition_id))
     except BackendError as error:
         if error.ambiguous:
             raise _InDoubt(error) from error
         raise
+    failpoint("after claim")
     settled = judge(verdict, transition_id)
     if isinstance(settled, Ours):
         return await _unless_too_late(backend, offer, transition_id, settled)
@@ -128,6 +139,18 @@ def claimed_from(history: Sequence[State], transition_id: str) -> State | None:
     server's database: so it is the last one that is not ours, wherever our own stands.
     """
     return next((state for state in reversed(history) if state.transition_id != transition_id), None)
+
+
+def claimed_since(history: Sequence[State], claim_id: str, ours: Collection[str]) -> bool:
+    """Whether somebody else's claim follows upon that claim of ours in the run's history."""
+    place = next((place for place, state in enumerate(history) if state.transition_id == claim_id), None)
+    if place is None:
+        return False
+    # An engine whose upstream has failed also says PENDING, under this name.
+    return any(
+        state.type is StateType.PENDING and state.transition_id not in ours and state.name != "NotReady"
+        for state in history[place + 1 :]
+    )
 
 
 def _again(state: State) -> Proposal:

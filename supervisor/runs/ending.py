@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+
+import msgspec
 
 from supervisor.config import Flows
 from supervisor.errors import NotFound, Refused
-from supervisor.lifecycle import (
-    MAX_STARTS,
-    Exit,
-    Hook,
-    Outcome,
-    Report,
-    StopReason,
-)
-from supervisor.lifecycle.decision import Decision, Done, Relaunch, decide, hook_owed
+from supervisor.failpoints import failpoint
+from supervisor.lifecycle import MAX_STARTS, Exit, Exited, Hook, Outcome, Owed, Report, StopReason
+from supervisor.lifecycle.decision import Decision, Done, Relaunch, decide, hook_owed, retry
+from supervisor.lifecycle.record import SUBMITTING, Record
 from supervisor.logs import last_lines
 from supervisor.model import Answer, FlowRun, Job, Proposal, State, StateType
+from supervisor.runs.claim import claimed_since
+from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
 
 TURNS = 5  # how often a report that the server refuses is thought over again, because the run moved meanwhile
@@ -36,76 +35,154 @@ class Facts:
     runs_own_hooks: bool = True
     hooks_seen: bool = False  # the engine has begun to run the hooks of this end itself
 
+    @classmethod
+    def of(cls, record: Record, output: Path) -> Facts:
+        """What an earlier agent has left in the journal."""
+        return cls(
+            how=record.phase.how if isinstance(record.phase, Exited) else None,
+            starts=record.starts,
+            stopped=record.stopped,
+            why=record.why,
+            runs_own_hooks=record.runs_own_hooks,
+            hooks_seen=record.runs_own_hooks and engine_ran_hooks(output),
+        )
+
 
 class Ending:
-    """Brings one run to its close. Owns which of its hooks have been run by us."""
+    """Brings one run to its close."""
 
     def __init__(
-        self, offer: FlowRun, flows: Flows, kit: Kit, output: Path, log: logging.LoggerAdapter[logging.Logger]
+        self, entry: Entry, flows: Flows, kit: Kit, output: Path, log: logging.LoggerAdapter[logging.Logger]
     ) -> None:
-        self._offer = offer
+        self._entry = entry
+        self._id = entry.record.run.id
         self._flows = flows
         self._kit = kit
         self._output = output
         self._log = log
-        self._hooks_run: set[Hook] = set()
 
     async def look(self, facts: Facts) -> tuple[FlowRun | None, Decision]:
         """What the server says of the run now (None: deleted), and what follows from it."""
+        failpoint("before look")
+        backend, patience = self._kit.backend, self._kit.patience
         try:
-            run = await self._kit.patience.until_answered(lambda: self._kit.backend.read_run(self._offer.id))
+            run = await patience.until_answered(lambda: backend.read_run(self._id))
         except (NotFound, Refused):
             run = None
-        return run, decide(facts.how, run, stopped=facts.stopped, starts=facts.starts, why=facts.why)
+        decision = decide(facts.how, run, stopped=facts.stopped, starts=facts.starts, why=facts.why)
+        if isinstance(decision, Report | Relaunch) and await self._claimed_by_others():
+            self._log.warning("somebody else has claimed it since; leaving it to them")
+            decision = Done(Outcome.HANDED_BACK)
+        failpoint("after look")
+        return run, decision
+
+    async def _claimed_by_others(self) -> bool:
+        """Whether the run has been scheduled and claimed again since our claim: then its state is not ours to end."""
+        backend, record = self._kit.backend, self._entry.record
+        try:
+            history = await self._kit.patience.until_answered(lambda: backend.history(self._id))
+        except (NotFound, Refused):
+            return False
+        return claimed_since(history, record.claim_id, {record.claim_id, record.transition_id(SUBMITTING)})
 
     async def settle(self, run: FlowRun | None, decision: Decision, facts: Facts, job: Job | None) -> Outcome:
         """Carries the decision out; returns when the server has heard it and owed hooks have been run."""
         facts = replace(facts, starts=max(facts.starts, MAX_STARTS))  # nothing is started again from here on
         for _ in range(TURNS):
-            owed = hook_owed(decision, run, facts.how, stopped=facts.stopped, by_engine=facts.runs_own_hooks)
-            if owed is Hook.CANCELLATION:
-                await self._run_hook(owed, facts, job)  # before CANCELLED, as Prefect's own workers do
+            decision = self._retried(decision, facts)
+            hook = hook_owed(decision, run, facts.how, stopped=facts.stopped, by_engine=facts.runs_own_hooks)
+            if hook is Hook.CANCELLATION:
+                await self._run_hook(hook, facts, job)  # before CANCELLED, as Prefect's own workers do
+                hook = None
             match decision:
                 case Done(outcome):
-                    outcome_now = outcome
+                    if hook is not None:
+                        await self._run_hook(hook, facts, job)
+                    return outcome
                 case Report() as report:
-                    if not await self._report(report):
-                        run, decision = await self.look(facts)
-                        continue
-                    outcome_now = report.outcome
+                    owed = Owed(report=report, hook=hook)
+                    await self._entry.owe(owed)
+                    if await self._report(report):
+                        return await self._after_report(owed, facts, job)
+                    run, decision = await self.look(facts)
                 case Relaunch():
                     raise AssertionError("internal error: a settled run cannot be started again")
-            if owed is Hook.CRASHED:
-                await self._run_hook(owed, facts, job)
-            return outcome_now
         self._log.error("the server refuses every report of how the run ended; giving up")
         return Outcome.CRASHED
 
+    async def resume(self, owed: Owed, facts: Facts, job: Job | None) -> Outcome:
+        """Goes on with a report that an earlier agent had decided upon."""
+        if owed.heard or await self._report(owed.report):
+            return await self._after_report(owed, facts, job, again=owed.heard)
+        run, decision = await self.look(replace(facts, starts=MAX_STARTS))
+        return await self.settle(run, decision, facts, job)
+
+    async def force(self, report: Report) -> None:
+        """Reports although nothing is known of the run any more."""
+        if await self._report(report):
+            await self._kit.teller.bad_end(self._id, report.message)
+
+    def _retried(self, decision: Decision, facts: Facts) -> Decision:
+        """A crash that the user wants to have retried is no end."""
+        crashed = isinstance(decision, Report | Done) and decision.outcome is Outcome.CRASHED
+        if not crashed or facts.stopped is not None or facts.how is None:
+            return decision
+        before = self._kit.journal.crash_retries(self._id)
+        if before >= self._flows.crash_retries:
+            return decision
+        said = decision.message if isinstance(decision, Report) else f"The run crashed: the process {facts.how}."
+        message = f"{said} To be retried: crash retry {before + 1} of {self._flows.crash_retries}."
+        return retry(message, show_output=isinstance(decision, Report))
+
     async def _report(self, report: Report) -> bool:
         """Proposes the state until there is an answer. Returns False when the run has moved and must be looked at again."""
-        proposal = Proposal(type=report.type, message=report.message, force=report.force, transition_id=str(uuid4()))
+        scheduled = report.type is StateType.SCHEDULED
+        proposal = Proposal(
+            type=report.type,
+            name=report.name,
+            message=report.message,
+            force=report.force,
+            transition_id=self._entry.record.transition_id(f"report {report.type.value}"),
+            scheduled=datetime.now(UTC) if scheduled else None,
+        )
+        if scheduled:
+            await self._entry.note(crash_retry=self._entry.record.stopped is None)
+        failpoint("before report")
         try:
-            verdict = await self._kit.patience.until_answered(
-                lambda: self._kit.backend.propose(self._offer.id, proposal)
-            )
+            verdict = await self._kit.patience.until_answered(lambda: self._kit.backend.propose(self._id, proposal))
         except NotFound:
             return True  # deleted meanwhile: nobody is left to tell
         except Refused as error:
             self._log.error("the server does not take the state %s: %s", report.type.value, error)
             return True
+        failpoint("after report")
         heard = verdict.answer is Answer.ACCEPT or _made_by(proposal, verdict.state) or await self._stored(proposal)
         if not heard:
             self._log.info("the server keeps another state than %s: %s", report.type.value, verdict.reason)
             return False
         self._log.log(_LEVELS.get(report.type, logging.INFO), "reported %s: %s", report.type.value, report.message)
-        if report.type is not StateType.CANCELLED:
-            await self._kit.teller.bad_end(self._offer.id, self._words(report))
         return True
+
+    async def _after_report(self, owed: Owed, facts: Facts, job: Job | None, *, again: bool = False) -> Outcome:
+        """What follows upon a state that the server has. `again`: an earlier agent may have done a part of it."""
+        if not owed.heard:
+            owed = msgspec.structs.replace(owed, heard=True)
+            await self._entry.owe(owed)
+        failpoint("before log line")
+        if owed.report.type is not StateType.CANCELLED:
+            await self._kit.teller.bad_end(self._id, self._words(owed.report), unless_there=again)
+        failpoint("after log line")
+        if owed.hook is not None:
+            await self._run_hook(owed.hook, facts, job)
+        return owed.report.outcome
 
     async def _stored(self, proposal: Proposal) -> bool:
         """Whether the run is in the state we proposed: the server only says "already terminal" when asked again."""
-        run, _ = await self.look(Facts())
-        return run is not None and _made_by(proposal, run.state)
+        try:
+            run = await self._kit.patience.until_answered(lambda: self._kit.backend.read_run(self._id))
+        except (NotFound, Refused):
+            return False
+        return _made_by(proposal, run.state)
 
     def _words(self, report: Report) -> str:
         lines = last_lines(self._output) if report.show_output else []
@@ -114,10 +191,13 @@ class Ending:
         return "\n".join([f"{report.message} The last lines of its output ({self._output}):", *lines])
 
     async def _run_hook(self, hook: Hook, facts: Facts, job: Job | None) -> None:
-        if job is None or hook in self._hooks_run or (facts.hooks_seen and hook is Hook.CANCELLATION):
+        if facts.hooks_seen and hook is Hook.CANCELLATION:
             return
-        self._hooks_run.add(hook)
-        await self._kit.launcher.run_hook(hook, self._offer, job, self._flows)
+        if job is None or not await self._entry.begin_hook(hook):
+            return
+        failpoint("before hook")
+        await self._kit.launcher.run_hook(hook, self._entry.record.run, job, self._flows)
+        failpoint("after hook")
 
 
 _LEVELS = {StateType.CRASHED: logging.ERROR, StateType.FAILED: logging.ERROR}

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from supervisor.backend.base import Backend
+    from supervisor.runs.entry import Memory
     from supervisor.runs.health import ServerHealth
     from supervisor.runs.launcher import Launcher
     from supervisor.runs.patience import Patience
     from supervisor.runs.teller import Teller
+
+
+Show = Callable[[Sequence[str], int], Awaitable[None]]
+
+
+class Output(Protocol):
+    """What a run needs of the keeper of the output files (`supervisor.logs`)."""
+
+    async def watch(self, run_id: str, shown: int, show: Show) -> None: ...
+
+    async def finish(self, run_id: str, shown: int, show: Show) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -22,3 +35,5 @@ class Kit:
     patience: Patience
     teller: Teller
     launcher: Launcher
+    journal: Memory
+    output: Output

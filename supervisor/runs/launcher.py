@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from supervisor.config import Flows
 from supervisor.errors import InterpreterError, JobError
 from supervisor.lifecycle import Hook
-from supervisor.logs import output_file
 from supervisor.model import FlowRun, Job
+from supervisor.process.adopt import Adopted
 from supervisor.process.channel import ControlChannel, Session
-from supervisor.process.environ import flow_environ
+from supervisor.process.environ import STATE_MARK, flow_environ
 from supervisor.process.hooks import run_hook
 from supervisor.process.interpreter import Interpreter, Interpreters
 from supervisor.process.launch import Child, launch, private_directory, remove_directory
@@ -32,10 +33,19 @@ class Launched:
     parent, because the job has a command of its own.
     """
 
-    child: Child
+    child: Child | Adopted
     session: Session | None
     runs_own_hooks: bool
     is_engine: bool
+    output_from: int  # where in the run's file the output of this process begins
+
+
+class OutputFiles(Protocol):
+    """What is needed of the keeper of the output files (`supervisor.logs`)."""
+
+    def path(self, run_id: str) -> Path: ...
+
+    async def prepare(self, run_id: str) -> int: ...
 
 
 class Launcher:
@@ -47,22 +57,24 @@ class Launcher:
         api_url: str,
         secrets: Callable[[], Mapping[str, str]],
         worker: str,
+        state_dir: Path,
         work_dir: Path,
-        log_dir: Path,
+        output: OutputFiles,
         interpreters: Interpreters,
         channel: ControlChannel,
     ) -> None:
         self._api_url = api_url
         self._secrets = secrets
         self._worker = worker
+        self._state_dir = state_dir
         self._work_dir = work_dir
-        self._log_dir = log_dir
+        self._output = output
         self._interpreters = interpreters
         self._channel = channel
 
     def output(self, run_id: str) -> Path:
         """The file that holds the run's output."""
-        return output_file(self._log_dir, run_id)
+        return self._output.path(run_id)
 
     async def launch(self, run: FlowRun, job: Job, flows: Flows) -> Launched:
         """Starts the run's process. Raises `JobError` or `InterpreterError` with a sentence for the run's owner."""
@@ -72,13 +84,14 @@ class Launcher:
         session = self._channel.expect() if interpreter is None or interpreter.has_control_channel else None
         env = self._environ(run, job, flows, interpreter, session)
         try:
+            began = await self._output.prepare(run.id)
             child = await launch(argv, env=env, cwd=self._directory(run, job, flows), output=self.output(run.id))
         except JobError:
             if session is not None:
                 session.close()
             raise
         own_hooks = interpreter is None or interpreter.runs_own_hooks
-        return Launched(child, session, own_hooks, is_engine=command is None)
+        return Launched(child, session, own_hooks, is_engine=command is None, output_from=began)
 
     async def run_hook(self, hook: Hook, run: FlowRun, job: Job, flows: Flows) -> bool:
         """Runs the flow's hooks of that kind in a process of their own. Returns False, having said why, when that failed."""
@@ -127,6 +140,7 @@ class Launcher:
     ) -> dict[str, str]:
         own_hooks = interpreter is None or interpreter.runs_own_hooks
         extra = {
+            STATE_MARK: str(self._state_dir),
             "PREFECT__FLOW_RUN_ID": run.id,
             "PREFECT__FLOW_ID": run.flow_id,
             "PREFECT__WORKER_NAME": self._worker,

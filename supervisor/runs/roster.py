@@ -31,9 +31,13 @@ class Roster:
     suspended runs were ours.
     """
 
-    def __init__(self, limit: int | None, start: Callable[[FlowRun, Source], Run]) -> None:
+    def __init__(
+        self, limit: int | None, start: Callable[[FlowRun, Source], Run], room: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`room`: whether new runs can be written down. While they cannot, no slot is free."""
         self._limit = limit
         self._start = start
+        self._room = room
         self._runs: dict[str, Run] = {}
         self._resting: dict[str, float] = {}  # run or deployment id -> until when (monotonic)
         self._suspended: dict[str, Run] = {}
@@ -56,6 +60,8 @@ class Roster:
 
     def free(self, work: Work | None = None) -> int:
         """Free slots: of the agent, and of that `[[work]]` table where it has a limit of its own."""
+        if not self._room():
+            return 0
         free = UNLIMITED if self._limit is None else self._limit - len(self._runs)
         if work is not None and work.limit is not None:
             free = min(free, work.limit - sum(run.work is work for run in self._runs.values()))
@@ -63,6 +69,8 @@ class Roster:
 
     def describe(self) -> str:
         """For the status line."""
+        if not self._room():
+            return f"{len(self._runs)} running, taking no new ones: there is no room in the state directory"
         free = "no limit" if self._limit is None else f"{self.free()} free"
         return f"{len(self._runs)} running, {free}"
 
@@ -74,11 +82,15 @@ class Roster:
             return False
         if self.free(source.work) <= 0:
             return False
-        run = self._start(offer, source)
-        self._runs[offer.id] = run
-        self._suspended.pop(offer.id, None)
-        self._nursery.start_soon(self._live, run, name=f"run {offer.id}")
+        self.take(self._start(offer, source))
         return True
+
+    def take(self, run: Run) -> None:
+        """Starts the task of a run; of one that an earlier agent has left, whatever the limits say."""
+        assert self._nursery is not None
+        self._runs[run.id] = run
+        self._suspended.pop(run.id, None)
+        self._nursery.start_soon(self._live, run, name=f"run {run.id}")
 
     async def _live(self, run: Run) -> None:
         try:

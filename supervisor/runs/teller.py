@@ -66,10 +66,12 @@ class Teller:
         facts = {"prefect.infrastructure.identifier": str(pid), "prefect.infrastructure.status-code": str(code)}
         await self._event("prefect.worker.executed-flow-run", self._related(run, job, facts), follows)
 
-    async def bad_end(self, run_id: str, message: str) -> None:
-        """A line of ours in the run's log that must get through."""
+    async def bad_end(self, run_id: str, message: str, *, unless_there: bool = False) -> None:
+        """A line of ours in the run's log that must get through; `unless_there`: it may have been written before."""
         record = LogRecord(run_id=run_id, level=logging.ERROR, message=message, at=datetime.now(UTC))
         try:
+            if unless_there and await self._patience.until_answered(lambda: self._backend.has_log(run_id, message)):
+                return
             await self._patience.until_answered(lambda: self._backend.write_logs([record]))
         except (NotFound, Refused) as error:
             _log.warning("cannot write to the log of flow run %s: %s", run_id, error)

@@ -135,6 +135,9 @@ class RestBackend:
     async def write_logs(self, records: Sequence[LogRecord]) -> None:
         await workers.write_logs(self._api, records)
 
+    async def has_log(self, run_id: str, message: str) -> bool:
+        return await workers.has_log(self._api, run_id, message)
+
     async def emit(
         self,
         event: str,

@@ -89,6 +89,10 @@ class WireState(msgspec.Struct):
         )
 
 
+class WireLog(msgspec.Struct):
+    message: str
+
+
 class WirePolicy(msgspec.Struct):
     retry_type: str | None = None
 

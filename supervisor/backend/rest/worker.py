@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from supervisor.backend.rest.api import Api
-from supervisor.backend.rest.wire import clean, segment
+from supervisor.backend.rest.wire import WireLog, clean, decode, segment
 from supervisor.errors import NotFound
 from supervisor.model import LogRecord
 
 BATCH_BYTES = 500_000  # of messages in one request; servers and proxies refuse bodies of a few megabytes
 MESSAGE_BYTES = 900_000  # of one message; Prefect's own clients stop at 1 MB
 _BATCH_RECORDS = 500
+_LAST_RECORDS = 200
 _CUT = "\n… (cut here by flow-agent: the line was too long for the server)"
 
 
@@ -38,6 +39,14 @@ async def write_logs(api: Api, records: Sequence[LogRecord]) -> None:
     """
     for batch in _batches(records):
         await api.post("/logs/", batch)
+
+
+async def has_log(api: Api, run_id: str, message: str) -> bool:
+    """Whether one of the last lines of the run's log says exactly this."""
+    body = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": _LAST_RECORDS, "sort": "TIMESTAMP_DESC"}
+    lines = decode(list[WireLog], await api.post("/logs/filter", body), "a flow run's log")
+    wanted, _ = _fit(clean(message))
+    return any(line.message == wanted for line in lines)
 
 
 def _batches(records: Sequence[LogRecord]) -> Iterator[list[dict[str, Any]]]:

@@ -1,0 +1,142 @@
+"""`make torture`: kills agents at every failpoint and at random moments, on real servers, and reports what that has cost.
+
+    python -m tests.torture [--seed N] [--kills 200] [--minutes M] [--jobs 2] [--servers 3.8.8 2.20.26]
+
+Every failpoint and each way a run can end, with runs that end while no agent is there and with runs that outlive it; the
+most telling of them with real engines; `--kills` kills at random moments under a load of 20 short runs, shared by the
+servers; ten kills in a row around one long run. Exit status 1 when anything was lost, doubled or left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.killsuite import (
+    ENDS,
+    Case,
+    Tally,
+    agent_sees_it_alive,
+    failpoints_of,
+    kill_around_a_long_run,
+    kill_at,
+    kill_at_random,
+)
+from tests.servers import Api, PrefectServer
+
+TELLING = (
+    "after spawn",
+    "before journal Running",
+    "before journal Stopping",
+    "after others ended",
+    "before report",
+    "after report",
+)
+PROGRESS_SECONDS = 15.0
+
+Task = Callable[[PrefectServer, Api], Tally]
+
+
+def tasks_of(server: PrefectServer, seed: int, kills: int) -> list[tuple[str, Task]]:
+    """(part, task) of all that is done on that server."""
+    major = server.major
+    cases = [
+        Case(name, outcome, held=held)
+        for outcome in ENDS
+        for name in failpoints_of(outcome, major)
+        for held in ([False, True] if agent_sees_it_alive(name) and outcome != "is cancelled" else [False])
+    ]
+    real = [
+        Case(name, outcome, real=True) for outcome in ENDS for name in TELLING if name in failpoints_of(outcome, major)
+    ]
+    return [
+        *(("failpoints", lambda s, a, case=case: kill_at(case, s, a)) for case in cases),
+        *(("real engines", lambda s, a, case=case: kill_at(case, s, a)) for case in real),
+        *(
+            ("long runs", lambda s, a, outcome=outcome: kill_around_a_long_run(outcome, s, a, seed=seed))
+            for outcome in ("is cancelled", "completes")
+        ),
+        ("random kills", lambda s, a: kill_at_random(seed, kills, s, a, say=say)),
+    ]
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def torture(servers: Sequence[PrefectServer], *, seed: int, kills: int, minutes: float | None, jobs: int) -> Tally:
+    """All parts on all servers. After `minutes` nothing more is begun, which the report tells."""
+    begun = time.monotonic()
+    total, parts, left_out = Tally(), dict[str, Tally](), 0
+    share = kills // len(servers)
+    work = [(server, part, task) for server in servers for part, task in tasks_of(server, seed, share)]
+    work.sort(key=lambda item: item[1] != "random kills")  # the longest first: the others fill the time beside it
+
+    def one(item: tuple[PrefectServer, str, Task]) -> tuple[str, Tally] | None:
+        server, part, task = item
+        if minutes is not None and time.monotonic() - begun > minutes * 60:
+            return None
+        api = Api(server)
+        try:
+            return f"{server.version} {part}", task(server, api)
+        finally:
+            api.close()
+
+    said = begun
+    with ThreadPoolExecutor(jobs) as pool:
+        for done, result in enumerate(pool.map(one, work), 1):
+            if result is None:
+                left_out += 1
+                continue
+            part, tally = result
+            parts.setdefault(part, Tally()).add(tally)
+            total.add(tally)
+            for finding in tally.findings:
+                say(str(finding))
+            if time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                say(f"{done} of {len(work)} done: {total}")
+    print(f"\nseed {seed}, {time.monotonic() - begun:.0f} s")
+    for part, tally in sorted(parts.items()):
+        print(f"  {part}: {tally}")
+    print(f"all: {total}")
+    if left_out:
+        print(f"left out for lack of time: {left_out} of {len(work)}")
+    for finding in total.findings:
+        print(f"  {finding.kind}: {finding.where}: {finding.what}")
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--kills", type=int, default=200, help="at random moments, shared by the servers")
+    parser.add_argument("--minutes", type=float, help="begin nothing more after that")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="how many agents at once")
+    parser.add_argument("--servers", nargs="+", default=["3.8.8", "2.20.26"], metavar="VERSION")
+    options = parser.parse_args()
+    home = Path(tempfile.mkdtemp(prefix="torture-"))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(home)
+    servers: list[PrefectServer] = []
+    try:
+        say(f"seed {options.seed}")
+        for version in options.servers:
+            servers.append(PrefectServer(version).start())
+        total = torture(servers, seed=options.seed, kills=options.kills, minutes=options.minutes, jobs=options.jobs)
+    finally:
+        for server in servers:
+            server.stop()
+        shutil.rmtree(home, ignore_errors=True)
+    return 1 if total.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
