@@ -23,9 +23,11 @@ from supervisor.lifecycle.record import Record
 from supervisor.logs import OutputKeeper
 from supervisor.model import FlowRun
 from supervisor.process.adopt import marked_runs
+from supervisor.process.cgroup import Cgroups
 from supervisor.process.channel import ControlChannel
 from supervisor.process.environ import inherited
 from supervisor.process.interpreter import Interpreters
+from supervisor.process.reaper import become_subreaper, reap_strangers
 from supervisor.process.ref import boot_id
 from supervisor.runs.canceller import Canceller
 from supervisor.runs.departure import Departure, exit_status
@@ -35,7 +37,7 @@ from supervisor.runs.kit import Kit
 from supervisor.runs.ladder import Ladder, Rung
 from supervisor.runs.launcher import Launcher
 from supervisor.runs.patience import Patience
-from supervisor.runs.poller import Poller
+from supervisor.runs.poller import Poller, turn_seconds
 from supervisor.runs.recovery import Recovery
 from supervisor.runs.roster import Roster
 from supervisor.runs.run import Run
@@ -74,12 +76,14 @@ async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:
     watchdog = Watchdog.from_environ(notifier, os.environ)
     manager = Manager.from_environ(os.environ)
     clear_environment()
+    become_subreaper()
+    cgroups = Cgroups.find(config.agent.cgroup)
     interpreters = Interpreters()
     with StateDirectory(config.agent.state_dir, name=config.agent.name) as state:
         await _check_interpreters(config, interpreters)
         with closing(Journal.open(state.path / JOURNAL)) as journal:
             async with connect(config) as backend:
-                agent = _Agent(config, backend, state, journal, interpreters, notifier, watchdog, manager)
+                agent = _Agent(config, backend, state, journal, interpreters, notifier, watchdog, manager, cgroups)
                 if not hide_welcome:
                     agent.welcome()
                 return await agent.work(run_once=run_once)
@@ -105,6 +109,7 @@ class _Agent:
         notifier: Notifier,
         watchdog: Watchdog,
         manager: Manager,
+        cgroups: Cgroups | None,
     ) -> None:
         poll = config.poll
         self._config = config
@@ -120,6 +125,7 @@ class _Agent:
         self._output = OutputKeeper(config.agent.log_dir, config.output)
         patience = Patience(poll, self._health)
         teller = Teller(backend, patience, worker=config.agent.name, version=__version__)
+        self._cgroups = cgroups
         launcher = Launcher(
             api_url=config.api.url,
             secrets=lambda: flow_secrets(config, os.environ),
@@ -129,6 +135,7 @@ class _Agent:
             output=self._output,
             interpreters=interpreters,
             channel=self._channel,
+            cgroups=cgroups,
         )
         kit = Kit(
             backend=backend,
@@ -148,7 +155,7 @@ class _Agent:
             return Run(record, work, kit, recovered=True)
 
         self._roster = Roster(config.agent.limit, new_run, room=lambda: not journal.full)
-        self._recovery = Recovery(self._roster, earlier_run, config.work, config.flows, backend, patience)
+        self._recovery = Recovery(self._roster, earlier_run, config.work, config.flows, kit)
         sources = [Source(work, backend) for work in config.work]
         self._pollers = [
             Poller(
@@ -158,7 +165,7 @@ class _Agent:
                 watchdog.pulse(f"poll of {source}"),
                 poll=poll,
                 prefetch_seconds=config.agent.prefetch_seconds,
-                turn_seconds=_turn_seconds(source.work, config.api.timeout_seconds),
+                turn_seconds=turn_seconds(source.work, config.api.timeout_seconds),
             )
             for source in sources
         ]
@@ -192,13 +199,20 @@ class _Agent:
             for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat):
                 services.start_soon(service)
             services.start_soon(self._journal.run)
+            services.start_soon(reap_strangers)
             services.start_soon(self._keep_house)
             services.start_soon(self._notifier.run_status, self.describe)
             async with trio.open_nursery() as runs:
                 self._roster.open(runs)
                 self._go_on(runs)
                 async with trio.open_nursery() as polls:
-                    departure = Departure(self._roster, self._config.stop, polls.cancel_scope, runs.cancel_scope)
+                    departure = Departure(
+                        self._roster,
+                        self._config.stop,
+                        polls.cancel_scope,
+                        runs.cancel_scope,
+                        lambda: self._health.lost,
+                    )
                     self._departure = departure
                     services.start_soon(departure.leave_debts)
                     await services.start(self._signals, departure, services)
@@ -226,7 +240,10 @@ class _Agent:
         # With a sound journal everything that bears our mark is in it.
         if lost := {run_id: ref for run_id, ref in marked.items() if run_id not in known}:
             runs.start_soon(self._recovery.take_marked, lost)
-        self._state.sweep(keep=known | marked.keys())
+        open_runs = known | marked.keys()
+        self._state.sweep(keep=open_runs)
+        if self._cgroups is not None:
+            runs.start_soon(self._recovery.clear_groups, set(self._cgroups.runs()) - open_runs)
 
     async def _keep_house(self) -> None:
         while True:
@@ -279,9 +296,3 @@ class _Agent:
                 await departure.act(stop.on_restart, name)
             case Intent.STOP:
                 await departure.act(stop.on_stop, name)
-
-
-def _turn_seconds(work: Work, timeout: float) -> float:
-    """The longest one poll may honestly take: every request of it at its deadline, and some for the machine."""
-    queues = max(len(work.queues), 20 if work.match else 0, len(work.deployments))
-    return timeout * (4 + 3 * queues) + 10.0

@@ -11,21 +11,20 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supervisor.failpoints import FAILPOINTS, STEPS, VARIABLE
 from tests.agents import RUN_MARK, AgentProcess, config_for
 from tests.invariants import executions
-from tests.servers import TERMINAL, Api, PrefectServer, processes_with
+from tests.killchecks import Finding, Tally, check_history, check_hooks, check_log, check_processes, check_trace
+from tests.servers import Api, PrefectServer, processes_with
 from tests.waiting import lines, wait_until
 
 ENGINE = Path(__file__).parent / "flows" / "scripted_engine.py"
 ENDS = {"completes": "COMPLETED", "fails": "FAILED", "crashes": "CRASHED", "is cancelled": "CANCELLED"}
-SIGNS_OF_BUGS = ("Traceback", "internal error", "giving up")
 LONGEST = 20.0  # seconds for anything that takes well under two when all is well
 
 # File and flow in tests/flows/e2e that do the same with a real engine.
@@ -79,94 +78,6 @@ def agent_sees_it_alive(failpoint: str) -> bool:
     return STEPS.index("spawn") <= STEPS.index(failpoint.partition(" ")[2]) <= STEPS.index("pid")
 
 
-# --- findings ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that must never be. `kind` is lost, doubled, stray, bug or harness; `story` is what helps to understand it."""
-
-    kind: str
-    where: str
-    what: str
-    story: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.where}: {self.what}" + (f"\n{self.story}" if self.story else "")
-
-
-@dataclass
-class Tally:
-    """What was done and found. Owns the counts."""
-
-    kills: int = 0
-    restarts: int = 0
-    runs: Counter[str] = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
-
-    def add(self, other: Tally) -> None:
-        self.kills += other.kills
-        self.restarts += other.restarts
-        self.runs += other.runs
-        self.findings += other.findings
-
-    def of(self, kind: str) -> int:
-        return sum(finding.kind == kind for finding in self.findings)
-
-    def __str__(self) -> str:
-        runs = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.runs.items()))
-        return (
-            f"kills {self.kills}, restarts {self.restarts}, runs {self.runs.total()} ({runs}), lost {self.of('lost')}, "
-            f"doubled {self.of('doubled')}, stray processes {self.of('stray')}, findings {len(self.findings)}"
-        )
-
-
-def check_history(
-    states: Sequence[tuple[str, str]], end: str, *, adopted_native: bool = False
-) -> Iterator[tuple[str, str]]:
-    """(kind, what) of all that is wrong with the history of a run that should have come to this end.
-
-    An engine whose agent has died has lost its control channel with it: it takes the SIGTERM of a cancellation for a crash and
-    says so before the agent says what it was (`adopted_native`).
-    """
-    kinds = [kind for kind, _ in states]
-    ends = {kind for kind in kinds if kind in TERMINAL}
-    if not kinds or kinds[-1] != end:
-        yield "lost", f"it is {kinds[-1] if kinds else 'unknown'} and should be {end}"
-    allowed = {end, "CRASHED"} if adopted_native and end == "CANCELLED" else {end}
-    if ends - allowed:
-        yield "doubled", f"it had the ends {sorted(ends)} and should have had {end} alone"
-    if kinds.count("RUNNING") > 1:
-        yield "doubled", f"it was RUNNING {kinds.count('RUNNING')} times"
-
-
-def check_trace(trace: Path, run_id: str) -> Iterator[tuple[str, str]]:
-    """(kind, what) when the body was not executed exactly once."""
-    count = executions(trace)[run_id]
-    if count != 1:
-        yield "doubled" if count else "lost", f"its body was executed {count} times"
-
-
-def check_hooks(hooks: Path, run_id: str) -> Iterator[tuple[str, str]]:
-    """(kind, what) when a hook was run twice. Once begun, a hook is never begun again: it may have been half done."""
-    for line, count in Counter(line for line in lines(hooks) if run_id in line).items():
-        if count > 1:
-            yield "doubled", f"its hook was run {count} times: {line}"
-
-
-def check_processes(run_id: str) -> Iterator[tuple[str, str]]:
-    """(kind, what) for each process that bears the run's mark."""
-    for process in processes_with(RUN_MARK, run_id):
-        yield "stray", f"process {process.pid} is left of it"
-
-
-def check_log(log: str) -> Iterator[tuple[str, str]]:
-    """(kind, what) for each sign of a bug in an agent's log."""
-    for sign in SIGNS_OF_BUGS:
-        if sign in log:
-            yield "bug", f"the agent's log says '{sign}'"
-
-
 # --- one agent and its runs --------------------------------------------------------------------------------------------
 
 
@@ -181,14 +92,18 @@ class Scene:
         *,
         real: bool = False,
         limit: int | None = None,
+        hooks_owed: int = 1,
     ) -> None:
+        """`hooks_owed`: 0 where an agent is killed that may have begun one."""
         self.server, self.api, self.where, self.real = server, api, where, real
+        self._hooks_owed = hooks_owed
         self.tally = Tally()
         self.agent = AgentProcess("")
         home = self.agent.home
         self.trace, self.hooks, self.go = home / "trace", home / "hooks", home / "go"
         self.ends: dict[str, str] = {}  # run id -> outcome
         self._cancelled: set[str] = set()
+        self._ended: set[str] = set()
         self._pool = api.create_pool()
         self._deployments: dict[str, str] = {}
         flows: dict[str, Any] = {"grace_seconds": 5}
@@ -255,10 +170,10 @@ class Scene:
     def dead(self) -> bool:
         return self.agent.returncode is not None
 
-    def start_ready(self) -> None:
-        """Starts the agent, and waits until it says that it is at work."""
+    def start_ready(self, failpoint: str | None = None) -> None:
+        """Starts the agent, and waits until it says that it is at work; armed, it may die before."""
         ready = len(self.agent.notify.lines("READY"))
-        self.start()
+        self.start(failpoint)
         wait_until(lambda: len(self.agent.notify.lines("READY")) > ready or self.dead, LONGEST, "the agent is ready")
 
     def kill(self) -> None:
@@ -267,6 +182,12 @@ class Scene:
             self.find("bug", f"the agent died by itself: {self.agent.returncode}", self.agent.log()[-6000:])
         self.agent.kill()
         self.tally.kills += 1
+
+    def note_death(self) -> None:
+        """The agent has died at its failpoint."""
+        self.tally.kills += 1
+        if self.agent.returncode != -signal.SIGKILL:
+            self.find("bug", f"the agent ended with {self.agent.returncode}", self.agent.log()[-6000:])
 
     def cancel_those_that_run(self) -> bool:
         """Sets CANCELLING, once, for the runs that are to be cancelled and whose body has begun. Returns whether all are."""
@@ -278,8 +199,13 @@ class Scene:
         return wanted <= self._cancelled
 
     def open_runs(self) -> set[str]:
-        """Those that are not yet in the state in which they should end."""
-        return {run_id for run_id, outcome in self.ends.items() if self.api.state(run_id) != ENDS[outcome]}
+        """Those that have not yet been seen in the state in which they should end."""
+        asked = sorted(self.ends.keys() - self._ended)[:200]
+        found = (
+            self.api.post("/flow_runs/filter", {"flow_runs": {"id": {"any_": asked}}, "limit": 200}) if asked else []
+        )
+        self._ended |= {run["id"] for run in found if run["state_type"] == ENDS[self.ends[run["id"]]]}
+        return self.ends.keys() - self._ended
 
     def story(self, run_id: str) -> str:
         """What the server and the agent say of the run, for a finding."""
@@ -303,7 +229,7 @@ class Scene:
             for kind, what in (
                 *check_history(states, ENDS[outcome], adopted_native=native),
                 *check_trace(self.trace, run_id),
-                *check_hooks(self.hooks, run_id),
+                *check_hooks(self.hooks, run_id, outcome, at_least=self._hooks_owed),
                 *check_processes(run_id),
             ):
                 self.find(kind, f"run {run_id} {outcome}: {what}", self.story(run_id))
@@ -319,15 +245,20 @@ class Scene:
 
 @dataclass(frozen=True)
 class Case:
-    """One agent that dies at one failpoint over one run. `held`: the run outlives it where it can."""
+    """One agent that dies at one failpoint over one run.
+
+    `held`: the run outlives it where it can. `twice`: so does the next agent if it comes by there, too.
+    """
 
     failpoint: str
     outcome: str
     held: bool = False
     real: bool = False
+    twice: bool = False
 
     def __str__(self) -> str:
-        return ", ".join((f"{self.failpoint}, {self.outcome}", *["held"] * self.held, *["real engine"] * self.real))
+        also = {"held": self.held, "real engine": self.real, "twice": self.twice}
+        return ", ".join([self.failpoint, self.outcome, *(word for word, is_so in also.items() if is_so)])
 
 
 def judged(scene: Scene, deeds: Callable[[], None]) -> Tally:
@@ -345,7 +276,8 @@ def judged(scene: Scene, deeds: Callable[[], None]) -> Tally:
 
 def kill_at(case: Case, server: PrefectServer, api: Api) -> Tally:
     """Has an agent die at the failpoint, starts it again, and checks what becomes of its run."""
-    scene = Scene(server, api, f"{case} on {server.version}", real=case.real)
+    hooks_owed = 0 if case.failpoint.endswith(" hook") else 1
+    scene = Scene(server, api, f"{case} on {server.version}", real=case.real, hooks_owed=hooks_owed)
     longest = LONGEST * 3 if case.real else LONGEST
 
     def deeds() -> None:
@@ -358,10 +290,18 @@ def kill_at(case: Case, server: PrefectServer, api: Api) -> Tally:
             scene.cancel_those_that_run()
             return scene.dead
 
+        def ended() -> bool:
+            return scene.cancel_those_that_run() and scene.api.state(run_id) == ENDS[case.outcome]
+
         wait_until(died, longest, "the agent dies there")
-        scene.tally.kills += 1
-        if scene.agent.returncode != -signal.SIGKILL:
-            scene.find("bug", f"the agent ended with {scene.agent.returncode}", scene.agent.log()[-6000:])
+        scene.note_death()
+        if case.twice:
+            scene.start_ready(case.failpoint)
+            wait_until(lambda: died() or ended(), longest, f"the agent dies there again, or the run {case.outcome}")
+            if not scene.dead:
+                scene.agent.stop()  # may well die there on its last steps
+            if scene.agent.returncode != 0:
+                scene.note_death()
         said = len(scene.agent.log())
         scene.start_ready()
         if not scene.go.exists():
@@ -369,26 +309,32 @@ def kill_at(case: Case, server: PrefectServer, api: Api) -> Tally:
                 lambda: re.search("going on with it|started, process", scene.agent.log()[said:]), longest, "it goes on"
             )
             scene.let_go()
-        wait_until(
-            lambda: scene.cancel_those_that_run() and scene.api.state(run_id) == ENDS[case.outcome],
-            longest,
-            f"the run {case.outcome}",
-        )
+        wait_until(ended, longest, f"the run {case.outcome}")
         scene.stop()
 
     return judged(scene, deeds)
 
 
 def kill_at_random(
-    seed: int, kills: int, server: PrefectServer, api: Api, *, load: int = 20, say: Callable[[str], None] = print
+    seed: int,
+    kills: int,
+    server: PrefectServer,
+    api: Api,
+    *,
+    load: int = 20,
+    say: Callable[[str], None] = print,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Tally:
-    """Kills the agent at random moments while up to `load` short runs of all outcomes are open."""
+    """Kills the agent at random moments while up to `load` short runs of all outcomes are open. No more once it is `enough`."""
     dice = random.Random(seed)
-    scene = Scene(server, api, f"random kills, seed {seed}, on {server.version}", limit=load)
+    scene = Scene(server, api, f"random kills, seed {seed}, on {server.version}", limit=load, hooks_owed=0)
 
-    def top_up() -> None:
-        for _ in range(load - len(scene.open_runs())):
+    def top_up() -> bool:
+        """Returns whether any had ended."""
+        wanted = load - len(scene.open_runs())
+        for _ in range(wanted):
             scene.create_run(dice.choice(list(ENDS)), seconds=round(dice.uniform(0, 1.5), 2))
+        return wanted > 0
 
     def pass_time(seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -400,14 +346,17 @@ def kill_at_random(
         wait_until(passed, seconds + LONGEST, "a moment")
 
     def deeds() -> None:
-        said = time.monotonic()
+        said, longest = time.monotonic(), 1.2
         for done in range(kills):
-            top_up()
+            if enough():
+                break
+            # A busy machine needs longer to get anywhere at all.
+            longest = max(1.2, longest * 0.9) if top_up() else min(8.0, longest * 1.3)
             if dice.random() < 0.9:
                 scene.start_ready()
             else:  # it may well die before it has begun
                 scene.start()
-            pass_time(dice.uniform(0, 1.2))
+            pass_time(dice.uniform(0, longest))
             scene.kill()
             if time.monotonic() - said > 30:
                 said = time.monotonic()
@@ -421,44 +370,46 @@ def kill_at_random(
     return judged(scene, deeds)
 
 
-def kill_around_a_long_run(
-    outcome: str, server: PrefectServer, api: Api, *, kills: int = 10, seed: int = 0, real: bool = True
+def kill_around_long_runs(
+    server: PrefectServer, api: Api, *, kills: int = 10, seed: int = 0, real: bool = True
 ) -> Tally:
-    """Kills the agent again and again while one run goes on, and checks that it is the same process throughout."""
-    dice = random.Random(seed)
-    scene = Scene(server, api, f"{kills} kills around one run that {outcome}, on {server.version}", real=real)
+    """Kills the agent again and again while two runs go on, and checks that each is the same process throughout.
 
-    def process() -> tuple[int, float]:
-        pid = int(lines(scene.trace)[0].split()[1])
-        (found,) = [one for one in processes_with(RUN_MARK) if one.pid == pid]
-        return pid, found.create_time()
+    Then one is cancelled, and the other completes.
+    """
+    dice = random.Random(seed)
+    scene = Scene(server, api, f"{kills} kills around long runs on {server.version}", real=real)
+
+    def processes() -> dict[str, tuple[int, float]]:
+        """Run id -> pid and start of the process that executes its body; nothing for those that are gone."""
+        pids = {int(pid): run_id for run_id, pid in map(str.split, lines(scene.trace))}
+        alive = {process.pid: process.create_time() for process in processes_with(RUN_MARK)}
+        return {run_id: (pid, alive[pid]) for pid, run_id in pids.items() if pid in alive}
 
     def deeds() -> None:
-        run_id = scene.create_run(outcome, held=True)
+        runs = [scene.create_run(outcome, held=True) for outcome in ("completes", "is cancelled")]
         scene.start()
-        wait_until(lambda: lines(scene.trace), LONGEST * 3, "the body has begun")
-        before = process()
+        wait_until(lambda: len(lines(scene.trace)) == len(runs), LONGEST * 3, "the bodies have begun")
+        before = processes()
+        assert before.keys() == set(runs), "the runs do not run"
         for _ in range(kills):
-            adopted = scene.agent.log().count("going on with it")
+            adopted = scene.agent.log().count("going on with it") + len(runs)
             scene.kill()
             scene.start()
             wait_until(
-                lambda adopted=adopted: scene.agent.log().count("going on with it") > adopted,  # type: ignore[misc]
+                lambda adopted=adopted: scene.agent.log().count("going on with it") == adopted,  # type: ignore[misc]
                 LONGEST,
-                "the run is adopted",
+                "the runs are adopted",
             )
             until = time.monotonic() + dice.uniform(0, 0.5)
             wait_until(lambda until=until: time.monotonic() >= until, 1, "a moment")  # type: ignore[misc]
-            if process() != before:
-                scene.find("doubled", f"its process was {before} and is {process()}", scene.story(run_id))
-            if scene.api.state(run_id) != "RUNNING":
-                scene.find("lost", f"it is {scene.api.state(run_id)} while it runs", scene.story(run_id))
+            if processes() != before:
+                scene.find("doubled", f"the processes were {before} and are {processes()}", scene.story(runs[0]))
+            for run_id in runs:
+                if (state := scene.api.state(run_id)) != "RUNNING":
+                    scene.find("lost", f"run {run_id} is {state} while it runs", scene.story(run_id))
         scene.let_go()
-        wait_until(
-            lambda: scene.cancel_those_that_run() and scene.api.state(run_id) == ENDS[outcome],
-            LONGEST,
-            f"the run {outcome}",
-        )
+        wait_until(lambda: scene.cancel_those_that_run() and not scene.open_runs(), LONGEST, "both runs end")
         scene.stop()
 
     return judged(scene, deeds)

@@ -13,7 +13,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.config import Agent, Api, Config, Flows, Poll, Work
+from supervisor.config import Agent, Api, Config, Flows, Output, Poll, Stop, Work
 from supervisor.config.file import NoWorkNamed, credentials, load, warnings
 from supervisor.config.keys import KEYS
 from supervisor.config.layers import variable
@@ -62,6 +62,15 @@ def test_a_file_that_only_names_a_pool_gets_every_default(tmp_path: Path, enviro
     assert config.work == (Work(flows=Flows(python=python), pool="p"),)
     assert config.flows == Flows(python=python)
     assert config.poll == Poll()
+    assert config.output == Output(max_mb=32.0, keep_days=30.0, show=True)
+    assert config.stop == Stop(
+        on_stop="drain",
+        on_restart="keep",
+        drain_timeout_seconds=1500.0,
+        then="cancel",
+        shutdown_timeout_seconds=90.0,
+    )
+    assert config.flows.crash_retries == 0
     assert config.api == Api(url="http://127.0.0.1:4200/api")
     assert config.agent.name == os.uname().nodename
     assert config.agent.log_dir == config.agent.state_dir / "logs"
@@ -69,7 +78,15 @@ def test_a_file_that_only_names_a_pool_gets_every_default(tmp_path: Path, enviro
 
 
 def test_every_key_is_known_to_the_structs_and_the_other_way_round() -> None:
-    structs = {"agent": Agent, "api": Api, "poll": Poll, "work": Work, "flows": Flows}
+    structs: dict[str, type[msgspec.Struct]] = {
+        "agent": Agent,
+        "api": Api,
+        "poll": Poll,
+        "work": Work,
+        "flows": Flows,
+        "output": Output,
+        "stop": Stop,
+    }
     fields = {name: {field.name for field in msgspec.structs.fields(struct)} for name, struct in structs.items()}
     fields["work"] -= {"flows", "tags"}  # made of the table's other keys; only --tag can say it
     assert {name: set(kinds) for name, kinds in KEYS.items()} == fields
@@ -124,6 +141,11 @@ def test_a_variable_for_flows_stands_above_a_work_table(tmp_path: Path, environ:
         ("FLOW_AGENT_API_HEADERS", "X-A=1,X-B=2", ("api", "headers", {"X-A": "1", "X-B": "2"})),
         ("FLOW_AGENT_FLOWS_PASS_ENV", "A, B", ("flows", "pass_env", ("A", "B"))),
         ("FLOW_AGENT_FLOWS_COMMAND", "echo 'a b'", ("flows", "command", ("echo", "a b"))),
+        ("FLOW_AGENT_FLOWS_CRASH_RETRIES", "2", ("flows", "crash_retries", 2)),
+        ("FLOW_AGENT_OUTPUT_MAX_MB", "1.5", ("output", "max_mb", 1.5)),
+        ("FLOW_AGENT_OUTPUT_SHOW", "False", ("output", "show", False)),
+        ("FLOW_AGENT_STOP_ON_STOP", "Reschedule", ("stop", "on_stop", "reschedule")),
+        ("FLOW_AGENT_STOP_DRAIN_TIMEOUT_SECONDS", "0", ("stop", "drain_timeout_seconds", 0.0)),
         ("PREFECT_API_URL", "http://prefect:4200/api", ("api", "url", "http://prefect:4200/api")),
     ],
 )
@@ -265,6 +287,19 @@ match = ["y"]
         ("[flows]\nenv = 'A=1'\n", 2, 'a table of variables is wanted, found the string "A=1"'),
         ("[flows]\npass_env = ['A=1']\n", 2, "a variable's name without '='"),
         ("[flows]\ntimeout_seconds = 0\n", 2, "it must be more than 0 seconds, found 0"),
+        ("[flows]\ncrash_retries = -1\n", 2, "it must be 0 or more, found -1"),
+        ("[flows]\ncrash_retries = true\n", 2, "an integer is wanted, found the boolean true"),
+        ("[output]\nmax_mb = 0.5\n", 2, "it must be 1 or more, found 0.5"),
+        ("[output]\nmax_mb = '32'\n", 2, "a number of megabytes is wanted"),
+        ("[output]\nkeep_days = 0\n", 2, "it must be more than 0 days, found 0"),
+        ("[output]\nkeep_days = '7'\n", 2, "a number of days is wanted"),
+        ("[output]\nshow = 1\n", 2, "true or false, without quotes, is wanted"),
+        ("[stop]\non_stop = 'wait'\n", 2, 'one of "drain", "cancel", "keep", "reschedule" is wanted'),
+        ("[stop]\non_restart = true\n", 2, "a string is wanted, found the boolean true"),
+        ("[stop]\nthen = 'drain'\n", 2, 'one of "cancel", "keep", "reschedule" is wanted'),
+        ("[stop]\ndrain_timeout_seconds = inf\n", 2, "a finite number is wanted"),
+        ("[stop]\nshutdown_timeout_seconds = -1\n", 2, "it must be 0 seconds or more, found -1"),
+        ("[stop]\nmax_mb = 1\n", 2, "it belongs in [output]"),
         ("[work]\npool = 'p'\n", 1, "write [[work]], with two brackets"),
         ("[[work]]\nlimit = 1\n", 1, "it names no pool, queues, match or deployments"),
         ("[[work]]\npool = 'p'\ndeployments = 'a/b'\n", 3, "it names both pool and deployments"),
@@ -311,7 +346,13 @@ def test_a_named_file_that_is_not_there_is_a_mistake(tmp_path: Path, environ: di
 
 
 def test_variables_of_other_rooms_are_left_alone(tmp_path: Path, environ: dict[str, str]) -> None:
-    others = ("FLOW_AGENT_RUN_ID", "FLOW_AGENT_TEST_CACHE", "FLOW_AGENT_API_KEY", "FLOW_AGENT_AUTH_STRING")
+    others = (
+        "FLOW_AGENT_RUN_ID",
+        "FLOW_AGENT_RUN_HOME",
+        "FLOW_AGENT_TEST_CACHE",
+        "FLOW_AGENT_API_KEY",
+        "FLOW_AGENT_AUTH_STRING",
+    )
     assert read(tmp_path, POOL, environ | dict.fromkeys(others, "x")).work[0].pool == "p"
 
 
@@ -483,10 +524,10 @@ def test_the_example_can_be_used_with_every_key_uncommented(
     other = {"api_key_file", "auth_string_file"} - {secret}
     keys = sorted({key for kinds in KEYS.values() for key in kinds} - other)
     config = read(tmp_path, example(tmp_path, "|".join(keys)), environ)
-    assert config.poll == Poll()
+    assert (config.poll, config.output, config.stop) == (Poll(), Output(), Stop())
     assert (config.agent.prefetch_seconds, config.agent.log_level) == (10.0, "info")
     assert (config.api.verify, config.api.timeout_seconds) == (True, 30.0)
-    assert config.flows.grace_seconds == 30.0
+    assert (config.flows.grace_seconds, config.flows.crash_retries) == (30.0, 0)
     assert getattr(config.api, secret) is not None
     assert [work.match or work.deployments or work.pool for work in config.work] == [
         "default",

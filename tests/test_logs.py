@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,6 +165,16 @@ def test_an_unfinished_line_waits_for_its_end_and_comes_when_the_run_has_ended(t
     assert follower.finish() == []
 
 
+def test_a_line_that_is_too_long_is_folded_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    text = "x" + "\u20ac" * FOLD
+    append(path, text.encode() + b"\n" + b"y" * FOLD + b"\n")
+    *pieces, last = drain(Follower(path, 0).read)
+    assert "".join(pieces) == text
+    assert all(FOLD - 3 <= len(piece.encode()) <= FOLD for piece in pieces[:-1])
+    assert last == "y" * FOLD, "just fits"
+
+
 def test_a_follower_that_is_far_behind_goes_on_near_the_end_and_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x"
     append(path, numbered(0, 100_000))
@@ -294,6 +305,18 @@ def test_a_file_in_its_last_shape_is_head_and_tail_of_whole_lines_however_often_
             assert len(parts[-1]) > CAP / 4 - 4000
 
 
+@pytest.mark.parametrize("width", [10, 31, 100, 3000])
+def test_cuts_of_several_claims_become_one(tmp_path: Path, width: int) -> None:
+    path = tmp_path / "x"
+    for claim in range(3):
+        append(path, numbered(claim * 20_000, 20_000, width))
+        LiveFile(path, CAP).keep()
+        compact(path, CAP)
+    head, count, tail = NOTE.split(path.read_bytes())
+    assert len(head) + int(count) + len(tail) == 60_000 * width
+    assert tail.splitlines()[-1].startswith(b"00059999")
+
+
 def test_a_file_that_fits_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "x"
     append(path, numbered(0, CAP // 100))
@@ -312,6 +335,14 @@ def test_one_huge_line_is_cut_inside(tmp_path: Path) -> None:
     assert set(head) == set(tail) == {"\u00e9"}
     assert note == f"[flow-agent: {1_000_000 - 2 * len(head) - 2 * len(tail)} bytes cut here]"
     assert len(text.encode()) <= CAP + ROOM_FOR_NOTES
+
+
+def test_a_tail_without_the_start_of_a_line_is_kept_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    append(path, b"start\n" + b"x" * 500_000 + b"\n")
+    compact(path, CAP)
+    *_, tail = path.read_bytes().splitlines(keepends=True)
+    assert tail == b"x" * (CAP // 2 - 1) + b"\n"
 
 
 def test_owner_mode_and_time_survive_the_cut_and_giving_up_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -396,8 +427,11 @@ def test_a_run_is_shown_while_it_lives_and_the_rest_when_it_has_ended(tmp_path: 
         assert await outputs.finish(RUN, shown.offset, shown.show) == path.stat().st_size == 18
         assert shown.lines == ["one", "two", "three", "four"]
         assert blocks(path) <= 8192
-        # Claimed once more, the run goes on in the same file.
+        # Claimed once more, the run goes on in the same file, however old it is.
+        os.utime(path, (0, 0))
         assert await outputs.prepare(RUN) == 18
+        await outputs.sweep(())
+        assert path.stat().st_size == 18
 
     trio.run(main)
 
@@ -449,11 +483,12 @@ def test_nothing_is_shown_where_the_configuration_says_so_but_the_cap_is_kept(tm
             nursery.start_soon(outputs.watch, RUN, 0, shown.show)
             append(path, numbered(0, 20_000))
             await until(lambda: blocks(path) < 500_000)
+            await trio.sleep(5)
             nursery.cancel_scope.cancel()
         assert await outputs.finish(RUN, 0, shown.show) <= 100_000 + ROOM_FOR_NOTES
         assert shown.batches == 0
 
-    trio.run(main)
+    trio.run(main, clock=trio.testing.MockClock(rate=10))
 
 
 def test_a_watched_run_whose_flow_removes_its_file_goes_on(tmp_path: Path) -> None:

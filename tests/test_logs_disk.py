@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
+import trio.testing
 
 from supervisor.config import Output
 from supervisor.logs import Follower, OutputKeeper, last_lines, sweep_old
@@ -92,7 +95,6 @@ def flow_where_nothing_is_left(disk: Path) -> dict[str, Any]:
     path.touch()
     fill(disk)
     said: list[str] = []
-    import logging
 
     class Ears(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -129,6 +131,70 @@ def flow_without_holes(disk: Path) -> dict[str, Any]:
     return {"shown": shown, "most": most, "text": path.read_text()}
 
 
+def flow_in_bursts(disk: Path) -> dict[str, Any]:
+    keeper = OutputKeeper(disk, Output())
+    path = keeper.path(RUN)
+    trio.run(keeper.prepare, RUN)
+    fill(disk)
+    live = LiveFile(path, 32_000_000)
+    bursts = [980_000, 800_000, 800_000]
+    written = []
+    with path.open("ab", buffering=0) as file:
+        for burst in bursts:
+            written.append(file.write(b"x" * burst))
+            live.keep()
+    return {"bursts": bursts, "written": written}
+
+
+def flow_that_wakes_up(disk: Path) -> dict[str, Any]:
+    keeper = OutputKeeper(disk, Output())
+    path = keeper.path(RUN)
+    clock = trio.testing.MockClock(rate=5)
+
+    async def main() -> int:
+        await keeper.prepare(RUN)
+        fill(disk)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.watch, RUN, 0, ignore)
+            await trio.sleep(10)  # looks at a still file become rare
+            clock.rate = 1
+            with path.open("ab", buffering=0) as file:
+                for number in range(30):  # 1.5 MB/s: twice its reserve in the longest that a look may take elsewhere
+                    file.write(b"".join(line.encode() + b"\n" for line in LINES[number * 150 : (number + 1) * 150]))
+                    await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        return path.stat().st_size
+
+    return {"size": trio.run(main, clock=clock)}
+
+
+def watched_flow_without_holes(disk: Path) -> dict[str, Any]:
+    keeper = OutputKeeper(disk, Output(max_mb=1.0))
+    path = keeper.path(RUN)
+    shown: list[str] = []
+    on_record = 0
+
+    async def show(lines: Sequence[str], offset: int) -> None:
+        nonlocal on_record
+        shown.extend(lines)
+        on_record = offset
+
+    async def main() -> int:
+        await keeper.prepare(RUN)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.watch, RUN, 0, show)
+            for number in range(0, 4000, STEP):
+                with path.open("ab", buffering=0) as file:
+                    file.write(b"".join(line.encode() + b"\n" for line in LINES[number : number + STEP]))
+                while LINES[number + STEP - 1] not in shown[-300:]:
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        return await keeper.finish(RUN, on_record, show)
+
+    size = trio.run(main, clock=trio.testing.MockClock(rate=10))
+    return {"shown": shown, "size": size, "text": path.read_text()}
+
+
 # The tests.
 
 
@@ -151,6 +217,16 @@ def test_what_a_full_disk_made_us_cut_is_told_and_cut_for_good_once_there_is_roo
     assert seen["left"] == [f"{RUN}.log"]
     assert seen["shown"][-1] == LINES[-1]
     assert not any("\0" in line or "NUL" in line for line in seen["shown"])
+
+
+def test_the_reserve_is_filled_up_from_the_middle_and_then_from_the_head(tmp_path: Path) -> None:
+    seen = on_small_disk("tmpfs", "flow_in_bursts", tmp_path)
+    assert seen["written"] == seen["bursts"]
+
+
+def test_a_flow_that_was_still_for_long_is_looked_at_in_time_where_the_disk_is_full(tmp_path: Path) -> None:
+    seen = on_small_disk("tmpfs", "flow_that_wakes_up", tmp_path)
+    assert seen["size"] == sum(len(line) + 1 for line in LINES[: 30 * 150])
 
 
 def test_without_a_reserve_the_same_flow_fails_at_once(tmp_path: Path) -> None:
@@ -176,3 +252,11 @@ def test_where_there_are_no_holes_the_cap_is_kept_and_every_line_shown_once(tmp_
     (note,) = (line for line in lines if line.startswith("[flow-agent: "))
     kept = sum(len(line) + 1 for line in lines if line != note)
     assert note == f"[flow-agent: {sum(len(line) + 1 for line in LINES) - kept} bytes cut here]"
+
+
+def test_a_cut_in_place_disturbs_nobody_who_watches(tmp_path: Path) -> None:
+    seen = on_small_disk("ramfs", "watched_flow_without_holes", tmp_path)
+    assert [line for line in seen["shown"] if not line.startswith("[flow-agent: ")] == LINES[:4000]
+    assert seen["size"] == len(seen["text"]) < 1_200_000
+    assert seen["text"].startswith(LINES[0])
+    assert seen["text"].endswith(LINES[3999] + "\n")

@@ -259,10 +259,18 @@ time.sleep(600)
 
 
 class OldKernel(RunGroup):
-    """Before 5.14 there was no cgroup.kill."""
+    """Before 5.14 there was no cgroup.kill. Remembers how it was held still instead."""
+
+    def __init__(self, path: Path, service: Path) -> None:
+        super().__init__(path, service)
+        self.frozen: list[str] = []
 
     def kill(self) -> bool:
         return False
+
+    def freeze(self, frozen: bool) -> None:
+        super().freeze(frozen)
+        self.frozen.append((self.path / "cgroup.freeze").read_text().strip())
 
 
 def test_without_cgroup_kill_a_bomb_is_held_still_and_shot(top: Path, tmp_path: Path) -> None:
@@ -283,12 +291,38 @@ time.sleep(600)
         child = await python(script, tmp_path, group)
         await trio.to_thread.run_sync(lambda: wait_until(lambda: len(said(tmp_path)) > 4, 30, "born", every=0.01))
         await end(child.ref, tmp_path.name, grace=0, group=group)
+        assert group.frozen[:2] == ["1", "0"]
         assert not group.populated()
         assert not alive(child.ref)
         assert await child.wait() == Exit(signal=9)
         assert group.remove()
 
     trio.run(main)
+
+
+class Hidden(RunGroup):
+    """Somebody lives here whom our /proc does not show: he is in another pid namespace, and dies slowly."""
+
+    looks_after_kill = -1
+
+    def kill(self) -> bool:
+        self.looks_after_kill = max(0, self.looks_after_kill)
+        return True
+
+    def populated(self) -> bool:
+        if self.looks_after_kill >= 0:
+            self.looks_after_kill += 1
+        return self.looks_after_kill < 3
+
+
+def test_a_run_has_not_ended_before_the_kernel_says_that_its_group_is_empty(tmp_path: Path) -> None:
+    group = Hidden(tmp_path, tmp_path)
+
+    async def main() -> None:
+        assert await end(None, tmp_path.name, grace=0, group=group) == 0
+
+    trio.run(main)
+    assert group.looks_after_kill == 3
 
 
 def test_oom_kills_are_read_from_the_runs_own_group_or_else_from_all(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from supervisor.errors import JobError
 from supervisor.lifecycle import Exit
 from supervisor.process.cgroup import RunGroup
 from supervisor.process.launch import Child, launch, private_directory, remove_directory
+from supervisor.process.reaper import reap
 from supervisor.process.ref import alive, identify
+from tests.waiting import wait_until
 
 ENV = {"PATH": os.environ["PATH"], "ONLY": "this"}
 
@@ -143,6 +145,16 @@ def test_a_child_that_ended_before_it_was_looked_at_still_has_an_identity(tmp_pa
             assert child.ref.start_ticks > 0
             assert await child.wait() == Exit(code=0)
             assert identify(child.ref.pid) != child.ref
+
+    trio.run(main)
+
+
+def test_the_status_of_a_child_is_not_thrown_away_with_those_of_strangers(tmp_path: Path) -> None:
+    async def main() -> None:
+        child = await python("raise SystemExit(7)", tmp_path)
+        await trio.to_thread.run_sync(lambda: wait_until(lambda: not alive(child.ref), 30, "ended"))
+        assert child.ref not in reap()
+        assert await child.wait() == Exit(code=7)
 
     trio.run(main)
 

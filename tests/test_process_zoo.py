@@ -286,12 +286,16 @@ def test_a_brand_is_born_with_and_not_lost(tmp_path: Path) -> None:
 
 UNDERTAKER = """
 import os, subprocess, sys
-from supervisor.process.reaper import become_subreaper, expect, reap
+import trio, trio.testing
+from supervisor.process.reaper import become_subreaper, expect, reap, reap_strangers
 from supervisor.process.ref import identify, read_stat
 from tests.waiting import wait_until
 
+def leave_orphan():
+    return int(subprocess.run(["sh", "-c", "sleep 0.05 >&- & echo $!"], stdout=subprocess.PIPE, check=True).stdout)
+
 assert become_subreaper()
-orphan = int(subprocess.run(["sh", "-c", "sleep 0.05 >&- & echo $!"], stdout=subprocess.PIPE, check=True).stdout)
+orphan = leave_orphan()
 assert read_stat(orphan).parent == os.getpid()
 own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
 expect(identify(own.pid))
@@ -305,6 +309,16 @@ assert other.wait() == 8
 assert reap(seen) == frozenset()
 assert read_stat(orphan) is None
 assert reap(reap()) == frozenset()
+orphan = leave_orphan()
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reap_strangers)
+        while read_stat(orphan) is not None:
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+
+trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 assert own.wait() == 7
 print("buried")
 """

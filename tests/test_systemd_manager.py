@@ -105,7 +105,8 @@ def test_the_queue_and_the_state_of_systemd_tell_why_we_are_stopped(
         ("7 multi-user.target start waiting", Intent.STOP),
         ("7 not-shutdown.target start waiting", Intent.STOP),
         (f"{RESTART}\n7 kexec.target start waiting", Intent.SHUTDOWN),
-        *((f"7 {name}.target start running", Intent.SHUTDOWN) for name in ("halt", "final", "soft-reboot")),
+        *((f"7 {name}.target start running", Intent.SHUTDOWN) for name in ("shutdown", "poweroff", "reboot", "umount")),
+        *((f"7 {name}.target start running", Intent.SHUTDOWN) for name in ("halt", "final", "soft-reboot", "exit")),
         ("flow-agent.service restart running", Intent.STOP),
         ("No jobs running.", Intent.STOP),
         ("x shutdown.target start waiting", Intent.STOP),
@@ -120,13 +121,23 @@ def test_without_a_unit_no_restart_is_ours() -> None:
     assert read_jobs(REBOOT, None) is Intent.SHUTDOWN
 
 
+def test_no_time_is_lost_with_a_second_question_once_the_end_is_known(tmp_path: Path) -> None:
+    assert trio.run(manager(tmp_path, says(REBOOT)).intent) is Intent.SHUTDOWN
+    assert len(asked(tmp_path)) == 1
+
+
 # --- who is asked ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("environ", [{}, {"INVOCATION_ID": ""}, {"NOTIFY_SOCKET": "/run/somebody"}])
-def test_who_was_not_started_by_systemd_does_not_ask(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_who_was_not_started_by_systemd_does_not_ask(
+    tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("a program is started")
+
+    monkeypatch.setattr(trio, "run_process", nothing)
     assert trio.run(manager(tmp_path, says(RESTART, "stopping"), environ).intent) is Intent.STOP
-    assert asked(tmp_path) == []
 
 
 @pytest.mark.parametrize("environ", [BY_SYSTEMD, {"SYSTEMD_EXEC_PID": "26"}])

@@ -2,9 +2,10 @@
 
     python -m tests.torture [--seed N] [--kills 200] [--minutes M] [--jobs 2] [--servers 3.8.8 2.20.26]
 
-Every failpoint and each way a run can end, with runs that end while no agent is there and with runs that outlive it; the
-most telling of them with real engines; `--kills` kills at random moments under a load of 20 short runs, shared by the
-servers; ten kills in a row around one long run. Exit status 1 when anything was lost, doubled or left behind.
+Every failpoint and each way a run can end, with runs that end while no agent is there, with runs that outlive it, and with
+agents of which the second dies there, too; the most telling of them with real engines; `--kills` kills at random moments
+under a load of 20 short runs, shared by the servers; ten kills in a row around long runs. Exit status 1 when anything was
+lost, doubled or left behind.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from tests.killchecks import Tally
 from tests.killsuite import (
     ENDS,
     Case,
-    Tally,
     agent_sees_it_alive,
     failpoints_of,
-    kill_around_a_long_run,
+    kill_around_long_runs,
     kill_at,
     kill_at_random,
 )
@@ -45,7 +48,7 @@ PROGRESS_SECONDS = 15.0
 Task = Callable[[PrefectServer, Api], Tally]
 
 
-def tasks_of(server: PrefectServer, seed: int, kills: int) -> list[tuple[str, Task]]:
+def tasks_of(server: PrefectServer, seed: int, kills: int, enough: Callable[[], bool]) -> list[tuple[str, Task]]:
     """(part, task) of all that is done on that server."""
     major = server.major
     cases = [
@@ -54,17 +57,15 @@ def tasks_of(server: PrefectServer, seed: int, kills: int) -> list[tuple[str, Ta
         for name in failpoints_of(outcome, major)
         for held in ([False, True] if agent_sees_it_alive(name) and outcome != "is cancelled" else [False])
     ]
+    cases += [Case(name, outcome, twice=True) for outcome in ENDS for name in failpoints_of(outcome, major)]
     real = [
         Case(name, outcome, real=True) for outcome in ENDS for name in TELLING if name in failpoints_of(outcome, major)
     ]
     return [
         *(("failpoints", lambda s, a, case=case: kill_at(case, s, a)) for case in cases),
         *(("real engines", lambda s, a, case=case: kill_at(case, s, a)) for case in real),
-        *(
-            ("long runs", lambda s, a, outcome=outcome: kill_around_a_long_run(outcome, s, a, seed=seed))
-            for outcome in ("is cancelled", "completes")
-        ),
-        ("random kills", lambda s, a: kill_at_random(seed, kills, s, a, say=say)),
+        ("long runs", lambda s, a: kill_around_long_runs(s, a, seed=seed)),
+        ("random kills", lambda s, a: kill_at_random(seed, kills, s, a, say=say, enough=enough)),
     ]
 
 
@@ -74,15 +75,19 @@ def say(line: str) -> None:
 
 def torture(servers: Sequence[PrefectServer], *, seed: int, kills: int, minutes: float | None, jobs: int) -> Tally:
     """All parts on all servers. After `minutes` nothing more is begun, which the report tells."""
-    begun = time.monotonic()
+    begun, interrupted = time.monotonic(), threading.Event()
     total, parts, left_out = Tally(), dict[str, Tally](), 0
+
+    def enough() -> bool:
+        return interrupted.is_set() or (minutes is not None and time.monotonic() - begun > minutes * 60)
+
     share = kills // len(servers)
-    work = [(server, part, task) for server in servers for part, task in tasks_of(server, seed, share)]
+    work = [(server, part, task) for server in servers for part, task in tasks_of(server, seed, share, enough)]
     work.sort(key=lambda item: item[1] != "random kills")  # the longest first: the others fill the time beside it
 
     def one(item: tuple[PrefectServer, str, Task]) -> tuple[str, Tally] | None:
         server, part, task = item
-        if minutes is not None and time.monotonic() - begun > minutes * 60:
+        if enough():
             return None
         api = Api(server)
         try:
@@ -92,8 +97,9 @@ def torture(servers: Sequence[PrefectServer], *, seed: int, kills: int, minutes:
 
     said = begun
     with ThreadPoolExecutor(jobs) as pool:
-        for done, result in enumerate(pool.map(one, work), 1):
-            if result is None:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())  # what has been begun is brought to its end
+        for done, finished in enumerate(as_completed([pool.submit(one, item) for item in work]), 1):
+            if (result := finished.result()) is None:
                 left_out += 1
                 continue
             part, tally = result
@@ -104,15 +110,17 @@ def torture(servers: Sequence[PrefectServer], *, seed: int, kills: int, minutes:
             if time.monotonic() - said > PROGRESS_SECONDS:
                 said = time.monotonic()
                 say(f"{done} of {len(work)} done: {total}")
-    print(f"\nseed {seed}, {time.monotonic() - begun:.0f} s")
+    _report(parts, total, f"seed {seed}, {time.monotonic() - begun:.0f} s, left out {left_out} of {len(work)}")
+    return total
+
+
+def _report(parts: Mapping[str, Tally], total: Tally, head: str) -> None:
+    print(f"\n{head}")
     for part, tally in sorted(parts.items()):
         print(f"  {part}: {tally}")
     print(f"all: {total}")
-    if left_out:
-        print(f"left out for lack of time: {left_out} of {len(work)}")
     for finding in total.findings:
         print(f"  {finding.kind}: {finding.where}: {finding.what}")
-    return total
 
 
 def main() -> int:

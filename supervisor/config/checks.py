@@ -122,6 +122,13 @@ def count(value: object) -> int:
     return value
 
 
+def cgroup(value: object) -> str:
+    text = _text(value)
+    if text not in ("auto", "off") and not text.startswith("/"):
+        raise _wanted('"auto", "off" or the path of a control group', value)
+    return text
+
+
 def count_or_none(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _wanted("an integer", value)
@@ -162,6 +169,13 @@ def period(value: object) -> float:
     if seconds <= 0:
         raise ValueError(f"it must be more than 0 seconds, found {value}")
     return seconds
+
+
+def days(value: object) -> float:
+    number = _number(value, "a number of days")
+    if number <= 0:
+        raise ValueError(f"it must be more than 0 days, found {value}")
+    return number
 
 
 def duration(value: object) -> float:

@@ -70,6 +70,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "state_dir": PATH,
         "log_dir": PATH,
         "log_level": Kind(check.log_level),
+        "cgroup": Kind(check.cgroup),
     },
     "api": {
         "url": Kind(check.url),
@@ -109,7 +110,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
     },
     "output": {
         "max_mb": Kind(check.megabytes, _text_to_number),
-        "keep_days": PERIOD,
+        "keep_days": Kind(check.days, _text_to_number),
         "show": BOOLEAN,
     },
     "stop": {

@@ -66,11 +66,8 @@ def check_rights(path: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Renames the journal with all its parts, so that it can still be looked into. Raises `ConfigError`."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    aside, number = path.with_name(f"{path.name}.corrupt-{stamp}"), 1
-    while any(inode(one) for one in (aside, *_beside(aside))):
-        number += 1
-        aside = path.with_name(f"{path.name}.corrupt-{stamp}-{number}")
+    # To the microsecond: two in a second must neither meet nor sort wrongly.
+    aside = path.with_name(f"{path.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     try:
         for old, new in zip((path, *_beside(path)), (aside, *_beside(aside)), strict=True):
             if inode(old):
@@ -84,7 +81,7 @@ def set_aside(path: Path) -> Path:
 
 def _forget_old(path: Path) -> None:
     """A disk that breaks every journal must not fill up with them. The names sort by time."""
-    found = sorted(path.parent.glob(f"{path.name}.corrupt-*Z*"))
+    found = sorted(path.parent.glob(f"{path.name}.corrupt-*"))
     journals = [one for one in found if not one.name.endswith(_BESIDE)]
     for old in journals[:-MOST_ASIDE]:
         for part in (old, *_beside(old)):

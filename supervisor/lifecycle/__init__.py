@@ -8,8 +8,7 @@ A phase is a value that carries only what is true then. The -ing phases are inte
        │            │            └─> Stopping ─┘        ↑
        └────────────┴───────────────────────────────────┘
 
-`Starting` and `Running` may also go back: an engine that ended before it took the run over is started again, a bounded
-number of times.
+`Exited` may also go back: an engine that ended before it took the run over is started again, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -192,9 +191,10 @@ Phase = Claiming | Starting | Running | Stopping | Exited | Closed
 STEPS: dict[type[Phase], frozenset[type[Phase]]] = {
     Claiming: frozenset({Starting, Exited, Closed}),  # Exited: cancelled after the claim and before the start
     Starting: frozenset({Running, Exited}),
-    Running: frozenset({Starting, Stopping, Exited}),  # Starting: the engine never took over, once more
+    Running: frozenset({Stopping, Exited}),
     Stopping: frozenset({Exited}),
-    Exited: frozenset({Exited, Closed}),  # Exited: it has been decided what to report, or the server has heard it
+    # Starting: the engine never took over, once more. Exited: it has been decided what to report, or the server has heard it.
+    Exited: frozenset({Starting, Exited, Closed}),
     Closed: frozenset(),
 }
 

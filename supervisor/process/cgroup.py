@@ -53,7 +53,7 @@ class Cgroups:
             return cls._at(Path(setting))
         here = own_directory(_read(Path("/proc/self/mountinfo")), _read(Path("/proc/self/cgroup")))
         # Whoever has put us into a `supervisor/` of a delegated group (DelegateSubgroup=) has done our first step.
-        placed = False and here is not None and here.name == _SUPERVISOR and delegated(here.parent)
+        placed = here is not None and here.name == _SUPERVISOR and delegated(here.parent)
         if here is None or not (placed or delegated(here)):
             return None
         own = cls(here.parent if placed else here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from supervisor.errors import BackendError, InterpreterError, JobError
 from supervisor.failpoints import failpoint
 from supervisor.lifecycle import Exit, Outcome, ProcessRef, Report, Running, Starting, Stopping, StopReason
 from supervisor.model import Answer, Job, Proposal, StateType
-from supervisor.process.adopt import adopt, age_seconds, find
+from supervisor.process.adopt import Adopted, adopt, age_seconds, find
 from supervisor.process.channel import Intent, Session
 from supervisor.process.members import ref_of, sweep
 from supervisor.process.ref import boot_id
@@ -36,6 +37,15 @@ REBOOTED = Exit(note="ended when the machine went down")
 _output_log = logging.getLogger("flow-agent.output")
 
 
+def _is_mute(launched: Launched, reason: StopReason) -> bool:
+    """Whether a polite signal would make a lie: an engine whose channel went with its agent calls SIGTERM a crash.
+
+    It would force CRASHED over what the run is and run the hooks for that. Where the machine goes down, that is the truth.
+    """
+    adopted_engine = isinstance(launched.child, Adopted) and launched.is_engine and launched.runs_own_hooks
+    return adopted_engine and reason is not StopReason.SHUTDOWN
+
+
 @dataclass(frozen=True)
 class Claimed:
     """What the claim has given us beside the run."""
@@ -56,6 +66,7 @@ class Attempt:
         self._log = log
         self._id = entry.record.run.id
         self._output = kit.launcher.output(self._id)
+        self.group = kit.launcher.group(self._id)  # None where the kernel's groups are not ours to use
 
     async def start(self, job: Job, claimed: Claimed, told: trio.Nursery) -> Facts | Report:
         """Starts the process, and returns how it ended when nothing of it lives any more."""
@@ -63,7 +74,7 @@ class Attempt:
         attempt = record.starts + 1
         failpoint("before spawn")
         try:
-            launched = await self._kit.launcher.launch(record.run, job, self._work.flows)
+            launched = await self._kit.launcher.launch(record.run, job, self._work.flows, self.group)
         except (JobError, InterpreterError) as error:
             return Report(type=StateType.CRASHED, message=str(error), outcome=Outcome.CRASHED)
         failpoint("after spawn")
@@ -93,7 +104,7 @@ class Attempt:
             ref = phase.process
         child = adopt(ref)
         if child is None:
-            await end_leftovers(self._id, ref, grace=LEFTOVER_GRACE_SECONDS)
+            await end_leftovers(self._id, ref, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
             return self._facts(self.unseen(), self._entry.record.runs_own_hooks)
         self._log.info("still running as process %d; going on with it", ref.pid)
         record = self._entry.record
@@ -136,9 +147,17 @@ class Attempt:
             beside.cancel_scope.cancel()
         if launched.session is not None:
             launched.session.close()
-        await end_leftovers(self._id, child.ref, grace=LEFTOVER_GRACE_SECONDS)
+        await end_leftovers(self._id, child.ref, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
+        how = self._killed_for_memory(how)
         self._log.info("process %d %s", child.ref.pid, how)
         return self._facts(how, launched.runs_own_hooks)
+
+    def _killed_for_memory(self, how: Exit) -> Exit:
+        """Tells the kernel's OOM killer apart from everybody else who may have killed the process."""
+        killed = how.signal == signal.SIGKILL and not self._wish.asked.is_set()
+        if not killed or self.group is None or not self.group.oom_kills():
+            return how
+        return Exit(signal=how.signal, note="was killed by the kernel because memory ran out (OOM)")
 
     def _facts(self, how: Exit, runs_own_hooks: bool) -> Facts:
         return Facts(
@@ -164,9 +183,9 @@ class Attempt:
     async def see_off_hooks(self) -> None:
         """The helper of an earlier agent may still be running hooks: lets it end, and ends it when it does not."""
         if self._entry.record.hooks_run:
-            left = await trio.to_thread.run_sync(sweep, None, self._id)
+            left = await trio.to_thread.run_sync(sweep, None, self._id, (), self.group)
             await wait_gone([ref_of(stat) for stat in left], HOOK_SECONDS)
-            await end_leftovers(self._id, None)
+            await end_leftovers(self._id, None, group=self.group)
 
     async def _time_out(self, ref: ProcessRef) -> None:
         limit = self._work.flows.timeout_seconds
@@ -206,7 +225,7 @@ class Attempt:
             if killed:
                 self._log.warning("killed %d process(es) that outlived the grace of %g s", killed, grace)
         if politeness.cancelled_caught:
-            await end(child.ref, self._id, grace=0.0)
+            await end(child.ref, self._id, grace=0.0, group=self.group)
         stopped.set()
 
     async def _stop_politely(self, launched: Launched, reason: StopReason, grace: float) -> int:
@@ -217,10 +236,11 @@ class Attempt:
         failpoint("before ask engine")
         asked = not (leaving or self._hooks_begun(launched)) and await self._ask_engine(launched.session, reason)
         failpoint("after ask engine")
-        if asked and launched.is_engine:
+        mute = _is_mute(launched, reason)
+        if (asked and launched.is_engine) or mute:
             # It will write CANCELLED itself, and nothing else of the run may live by then.
             failpoint("before others ended")
-            killed = await end_others(child.ref, self._id, grace=grace)
+            killed = await end_others(child.ref, self._id, grace=grace, group=self.group)
             failpoint("after others ended")
         if leaving or self._hooks_begun(launched):
             # An engine on its way out would take the signal for the run's: it would put CANCELLED or CRASHED over
@@ -229,7 +249,11 @@ class Attempt:
             with trio.move_on_after(grace):
                 await child.wait()
         failpoint("before signal")
-        killed += await end(child.ref, self._id, grace=grace)
+        if mute:
+            self._log.info("killing process %d: it cannot be told that this is no crash", child.ref.pid)
+            await end(child.ref, self._id, grace=0.0, group=self.group)
+        else:
+            killed += await end(child.ref, self._id, grace=grace, group=self.group)
         failpoint("after signal")
         return killed
 

@@ -25,8 +25,16 @@ _log = logging.getLogger("flow-agent")
 class Departure:
     """Carries a stop out, step by step. Owns what it has come to."""
 
-    def __init__(self, roster: Roster, stop: Stop, polls: trio.CancelScope, runs: trio.CancelScope) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        stop: Stop,
+        polls: trio.CancelScope,
+        runs: trio.CancelScope,
+        server_lost: Callable[[], bool],
+    ) -> None:
         self._roster = roster
+        self._server_lost = server_lost
         self._stop = stop
         self._polls = polls
         self._runs = runs
@@ -57,7 +65,7 @@ class Departure:
     async def shut_down(self, name: str) -> None:
         """The machine is going down: nothing of a run survives that."""
         self._take_no_more()
-        action = self._stop.on_stop if self._stop.on_stop != "drain" else self._stop.then
+        action = self._stop.on_stop if self._stop.on_stop in ("cancel", "reschedule") else self._stop.then
         if self._stop.on_stop in ("drain", "keep"):
             seconds = self._stop.shutdown_timeout_seconds
             _log.info("%s: the machine is going down; %d live run(s) have %g s", name, len(self._roster), seconds)
@@ -112,7 +120,8 @@ class Departure:
         while True:
             await trio.sleep(LOOK_SECONDS)
             runs = self._roster.all()
-            if not runs or not all(isinstance(run.phase, Exited) for run in runs):
+            owing = runs and self._server_lost() and all(isinstance(run.phase, Exited) for run in runs)
+            if not owing:
                 since = trio.current_time()
             elif trio.current_time() - since > OWING_SECONDS:
                 _log.warning("leaving %d report(s) to the next flow-agent: the server does not answer", len(runs))

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import trio
+
 from supervisor.config import Flows
 from supervisor.errors import InterpreterError, JobError
 from supervisor.lifecycle import Hook
 from supervisor.model import FlowRun, Job
 from supervisor.process.adopt import Adopted
+from supervisor.process.cgroup import Cgroups, RunGroup
 from supervisor.process.channel import ControlChannel, Session
 from supervisor.process.environ import STATE_MARK, flow_environ
 from supervisor.process.hooks import run_hook
@@ -62,6 +65,7 @@ class Launcher:
         output: OutputFiles,
         interpreters: Interpreters,
         channel: ControlChannel,
+        cgroups: Cgroups | None,
     ) -> None:
         self._api_url = api_url
         self._secrets = secrets
@@ -71,12 +75,17 @@ class Launcher:
         self._output = output
         self._interpreters = interpreters
         self._channel = channel
+        self._cgroups = cgroups
 
     def output(self, run_id: str) -> Path:
         """The file that holds the run's output."""
         return self._output.path(run_id)
 
-    async def launch(self, run: FlowRun, job: Job, flows: Flows) -> Launched:
+    def group(self, run_id: str) -> RunGroup | None:
+        """The run's control group; None where we have none to give."""
+        return None if self._cgroups is None else self._cgroups.group(run_id)
+
+    async def launch(self, run: FlowRun, job: Job, flows: Flows, group: RunGroup | None = None) -> Launched:
         """Starts the run's process. Raises `JobError` or `InterpreterError` with a sentence for the run's owner."""
         command = job.command or flows.command
         interpreter = await self._interpreter(flows, needed=command is None)
@@ -85,7 +94,8 @@ class Launcher:
         env = self._environ(run, job, flows, interpreter, session)
         try:
             began = await self._output.prepare(run.id)
-            child = await launch(argv, env=env, cwd=self._directory(run, job, flows), output=self.output(run.id))
+            directory = self._directory(run, job, flows)
+            child = await launch(argv, env=env, cwd=directory, output=self.output(run.id), group=group)
         except JobError:
             if session is not None:
                 session.close()
@@ -112,7 +122,9 @@ class Launcher:
         )
 
     async def clean_up(self, run_id: str) -> None:
-        """Removes the run's private directory, if it had one."""
+        """Removes the run's private directory and control group, if it had them."""
+        if (group := self.group(run_id)) is not None:
+            await trio.to_thread.run_sync(group.remove)
         await remove_directory(self._work_dir / run_id)
 
     async def _interpreter(self, flows: Flows, *, needed: bool) -> Interpreter | None:

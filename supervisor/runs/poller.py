@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import trio
 
-from supervisor.config import Poll
+from supervisor.config import Poll, Work
 from supervisor.errors import BackendError, NotFound, Refused
 from supervisor.runs.backoff import Backoff
 from supervisor.runs.health import ServerHealth
@@ -102,3 +102,9 @@ class Poller:
     def _say(self, error: BackendError) -> None:
         self._said = str(error)
         _log.warning("cannot take runs from %s: %s", self._source, error)
+
+
+def turn_seconds(work: Work, timeout: float) -> float:
+    """The longest one poll may honestly take: every request of it at its deadline, and some for the machine."""
+    queues = max(len(work.queues), 20 if work.match else 0, len(work.deployments))
+    return timeout * (4 + 3 * queues) + 10.0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
-from supervisor.backend.base import Backend
 from supervisor.config import Flows, Work
 from supervisor.errors import NotFound, Refused
 from supervisor.lifecycle import ProcessRef, Running
 from supervisor.lifecycle.record import Record
 from supervisor.process.ref import boot_id
-from supervisor.runs.patience import Patience
+from supervisor.process.stop import end_leftovers
+from supervisor.runs.kit import Kit
 from supervisor.runs.roster import Roster
 from supervisor.runs.run import Run
 
@@ -24,15 +24,12 @@ Recover = Callable[[Record, Work], Run]
 class Recovery:
     """Hands the runs that were open to the roster."""
 
-    def __init__(
-        self, roster: Roster, recover: Recover, work: Sequence[Work], flows: Flows, backend: Backend, patience: Patience
-    ) -> None:
+    def __init__(self, roster: Roster, recover: Recover, work: Sequence[Work], flows: Flows, kit: Kit) -> None:
         self._roster = roster
         self._recover = recover
         self._work = work
         self._flows = flows
-        self._backend = backend
-        self._patience = patience
+        self._kit = kit
 
     def take(self, records: Sequence[Record]) -> None:
         """Goes on with the runs of the journal."""
@@ -48,11 +45,12 @@ class Recovery:
 
     async def take_marked(self, processes: Mapping[str, ProcessRef]) -> None:
         """Goes on with processes of which the journal knows nothing, because it was lost."""
+        backend, patience = self._kit.backend, self._kit.patience
         for run_id, ref in processes.items():
             if self._roster.get(run_id) is not None:
                 continue
             try:
-                run = await self._patience.until_answered(lambda run_id=run_id: self._backend.read_run(run_id))  # type: ignore[misc]
+                run = await patience.until_answered(lambda run_id=run_id: backend.read_run(run_id))  # type: ignore[misc]
             except (NotFound, Refused) as error:
                 _log.error("cannot learn what process %d belongs to: flow run %s: %s", ref.pid, run_id, error)
                 continue
@@ -69,3 +67,10 @@ class Recovery:
                 where=run.infrastructure_pid,
             )
             self._roster.take(self._recover(record, self._work_of(f"pool '{run.work_pool_name}'")))
+
+    async def clear_groups(self, run_ids: Collection[str]) -> None:
+        """Control groups without an open run: their agent died between the end of the run and that of its group."""
+        for run_id in run_ids:
+            if self._roster.get(run_id) is None:
+                await end_leftovers(run_id, None, group=self._kit.launcher.group(run_id))
+                await self._kit.launcher.clean_up(run_id)

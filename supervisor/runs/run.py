@@ -32,7 +32,7 @@ from supervisor.model import FlowRun, Job, Proposal, StateType
 from supervisor.process.ref import boot_id
 from supervisor.process.stop import end
 from supervisor.runs.attempt import Attempt, Claimed
-from supervisor.runs.claim import NotOurs, Ours, claim
+from supervisor.runs.claim import NotOurs, claim
 from supervisor.runs.ending import Ending, Facts
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
@@ -113,7 +113,7 @@ class Run:
             self._refuse(settled)
             await self._entry.close(closed)
             return None
-        return Claimed(_lease(settled))
+        return Claimed(settled.state.lease_id if settled.state is not None else None)
 
     def _refuse(self, why: NotOurs) -> None:
         self.refused = why
@@ -125,9 +125,10 @@ class Run:
         found: FlowRun | None = None
         phase = self.phase
         async with trio.open_nursery() as aside:
-            if isinstance(phase, Exited):
+            if isinstance(phase, Exited) and phase.owed is not None:
+                await self._attempt.see_off_hooks()
                 facts = Facts.of(self._entry.record, self._kit.launcher.output(self.id))
-                outcome = await self._resume(phase, facts)
+                outcome = await self._ending.resume(phase.owed, facts, await self._job_of(facts))
             else:
                 found, decision, facts = await self._execute(claimed, aside)
                 # Whoever kills has seconds: the report matters more than hooks that take as long.
@@ -135,7 +136,7 @@ class Run:
                 facts = replace(facts, stopped=self._wish.reason, why=self._wish.why, hooks_seen=hooks_seen)
                 if isinstance(decision, Relaunch):  # stopped between two deeds
                     found, decision = await self._ending.look(replace(facts, starts=MAX_STARTS))
-                await self._entry.to(Exited(how=facts.how, stopped=facts.stopped), stopped=facts.stopped, why=facts.why)
+                await self._exited(facts)
                 outcome = await self._ending.settle(found, decision, facts, await self._job_of(facts))
             await self._attempt.show_rest()
             aside.start_soon(self._tell_end, facts)
@@ -147,18 +148,19 @@ class Run:
         await self._entry.close(Closed(outcome=outcome))
         return outcome
 
-    async def _resume(self, exited: Exited, facts: Facts) -> Outcome:
-        await self._attempt.see_off_hooks()
-        job = await self._job_of(facts)
-        if exited.owed is not None:
-            return await self._ending.resume(exited.owed, facts, job)
-        found, decision = await self._ending.look(replace(facts, starts=MAX_STARTS))
-        return await self._ending.settle(found, decision, facts, job)
+    async def _exited(self, facts: Facts) -> None:
+        """Nothing of the run lives, and it may be a long time until the server hears of it."""
+        phase = Exited(how=facts.how, stopped=facts.stopped)
+        if self.phase != phase:
+            await self._entry.to(phase, stopped=facts.stopped, why=facts.why)
 
     async def _execute(self, claimed: Claimed, aside: trio.Nursery) -> tuple[FlowRun | None, Decision, Facts]:
         """Until its process has ended for good. A `Relaunch` is decided upon only when it is to stop instead."""
         facts, ended = Facts(starts=self._entry.record.starts), None
-        if not isinstance(self.phase, Claiming):
+        if isinstance(self.phase, Exited):
+            await self._attempt.see_off_hooks()
+            ended = Facts.of(self._entry.record, self._kit.launcher.output(self.id))
+        elif not isinstance(self.phase, Claiming):
             ended = await self._attempt.pick_up() or await self._never_started()
         while ended is not None or not self._wish.asked.is_set():
             if ended is None:
@@ -173,6 +175,7 @@ class Run:
                     return None, started, facts
                 ended = started
             facts, ended = ended, None
+            await self._exited(facts)
             found, decision = await self._ending.look(facts)
             if not isinstance(decision, Relaunch):
                 return found, decision, facts
@@ -281,7 +284,7 @@ class Run:
 
     async def _after_fault(self) -> Outcome:
         """A bug of ours has left the run without anybody: nothing of it may live, and the server must know."""
-        await end(self._process(), self.id, grace=0.0)
+        await end(self._process(), self.id, grace=0.0, group=self._attempt.group)
         report = _cannot_start(StateType.CRASHED, Outcome.CRASHED, "flow-agent failed while it supervised the run")
         await self._ending.force(report)
         await self._kit.launcher.clean_up(self.id)
@@ -290,10 +293,6 @@ class Run:
 
     def _process(self) -> ProcessRef | None:
         return self.phase.process if isinstance(self.phase, Running | Stopping) else None
-
-
-def _lease(ours: Ours) -> str | None:
-    return ours.state.lease_id if ours.state is not None else None
 
 
 def _cannot_start(state: StateType, outcome: Outcome, error: object) -> Report:

@@ -249,6 +249,15 @@ def cwd_writer(name: str = "written-by-a-flow", trace: str = ""):
 
 
 @flow
+def talker(seconds: float = 600, trace: str = ""):
+    """Says "word N" every twentieth of a second."""
+    mark(trace)
+    for number in range(int(seconds * 20)):
+        print(f"word {number}", flush=True)
+        time.sleep(0.05)
+
+
+@flow
 def chatty(lines: int = 5000, trace: str = ""):
     mark(trace)
     for number in range(lines):
