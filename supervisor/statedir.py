@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from supervisor.errors import ConfigError, StateDirectoryHeld
@@ -48,8 +49,9 @@ class StateDirectory:
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()} {self._name}\n".encode(), 0)
+            with suppress(OSError):  # a full disk: only the name for a second agent to tell is missing
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()} {self._name}\n".encode(), 0)
         except BlockingIOError:
             pid, _, name = os.pread(lock, 1000, 0).decode(errors="replace").strip().partition(" ")
             os.close(lock)

@@ -55,20 +55,13 @@ class Tally:
         )
 
 
-def check_history(
-    states: Sequence[tuple[str, str]], end: str, *, adopted_native: bool = False
-) -> Iterator[tuple[str, str]]:
-    """(kind, what) of all that is wrong with the history of a run that should have come to this end.
-
-    An engine whose agent has died has lost its control channel with it: it takes the SIGTERM of a cancellation for a crash and
-    says so before the agent says what it was (`adopted_native`).
-    """
+def check_history(states: Sequence[tuple[str, str]], end: str) -> Iterator[tuple[str, str]]:
+    """(kind, what) of all that is wrong with the history of a run that should have come to this end."""
     kinds = [kind for kind, _ in states]
     ends = {kind for kind in kinds if kind in TERMINAL}
     if not kinds or kinds[-1] != end:
         yield "lost", f"it is {kinds[-1] if kinds else 'unknown'} and should be {end}"
-    allowed = {end, "CRASHED"} if adopted_native and end == "CANCELLED" else {end}
-    if ends - allowed:
+    if ends - {end}:
         yield "doubled", f"it had the ends {sorted(ends)} and should have had {end} alone"
     if kinds.count("RUNNING") > 1:
         yield "doubled", f"it was RUNNING {kinds.count('RUNNING')} times"

@@ -223,11 +223,10 @@ class Scene:
 
     def check(self) -> None:
         """All that must hold now that the agent has been stopped."""
-        native = self.tally.kills > 0 and self.server.major == 3
         for run_id, outcome in self.ends.items():
             states = self.api.states(run_id)
             for kind, what in (
-                *check_history(states, ENDS[outcome], adopted_native=native),
+                *check_history(states, ENDS[outcome]),
                 *check_trace(self.trace, run_id),
                 *check_hooks(self.hooks, run_id, outcome, at_least=self._hooks_owed),
                 *check_processes(run_id),

@@ -114,11 +114,11 @@ def boolean(value: object) -> bool:
     return value
 
 
-def count(value: object) -> int:
+def count(value: object, *, least: int = 1, otherwise: str = "; leave the key out for no limit") -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _wanted("an integer", value)
-    if value < 1:
-        raise ValueError(f"it must be 1 or more, found {value}; leave the key out for no limit")
+    if value < least:
+        raise ValueError(f"it must be {least} or more, found {value}{otherwise}")
     return value
 
 
@@ -130,11 +130,7 @@ def cgroup(value: object) -> str:
 
 
 def count_or_none(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wanted("an integer", value)
-    if value < 0:
-        raise ValueError(f"it must be 0 or more, found {value}")
-    return value
+    return count(value, least=0, otherwise="")
 
 
 def megabytes(value: object) -> float:

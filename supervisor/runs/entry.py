@@ -104,8 +104,10 @@ class Entry:
         return await self._journal.write(self.record, durable=durable)
 
     def _become(self, phase: Phase, **changes: Any) -> None:
-        now = datetime.now(UTC)
-        self.record = msgspec.structs.replace(self.record, phase=phase, changed=now, boot_id=self._boot_id, **changes)
+        changed = self.record.changed if phase == self.record.phase else datetime.now(UTC)
+        self.record = msgspec.structs.replace(
+            self.record, phase=phase, changed=changed, boot_id=self._boot_id, **changes
+        )
 
 
 def _name(phase: Phase) -> str:
