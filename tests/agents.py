@@ -200,6 +200,7 @@ def config_for(
         "api": {"url": server.url},
         "poll": {"interval_seconds": 0.5, "cancel_interval_seconds": 0.5, "heartbeat_seconds": 2},
         "flows": {"python": server.python, "grace_seconds": 5},
+        "output": {"show": False},  # what flows print has tracebacks of its own
     }
     names = [*defaults, *(name for name in sections if name not in defaults)]
     merged: dict[str, Any] = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}

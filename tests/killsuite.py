@@ -111,15 +111,7 @@ class Scene:
             flows["python"] = self._scripted_engine(home)
         poll = {"interval_seconds": 0.2, "cancel_interval_seconds": 0.2, "heartbeat_seconds": 600, "jitter": 0}
         self.agent.write_config(
-            # What real flows print has tracebacks of its own.
-            config_for(
-                server,
-                [{"pool": self._pool}],
-                poll=poll,
-                flows=flows,
-                agent={"limit": limit},
-                output={"show": not real},
-            )
+            config_for(server, [{"pool": self._pool}], poll=poll, flows=flows, agent={"limit": limit})
         )
 
     def _scripted_engine(self, home: Path) -> Path:

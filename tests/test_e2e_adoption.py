@@ -221,7 +221,7 @@ def test_a_run_that_others_have_claimed_since_is_left_to_them(scene: Scene) -> N
 
 
 def test_output_is_shown_once_across_agents(scene: Scene) -> None:
-    scene.open("talker", {"seconds": 6})
+    scene.open("talker", {"seconds": 6}, output={"show": True})
     wait_until(lambda: "word 2" in scene.agent.log(), 30, "it is heard", more=scene.agent.log)
     scene.agent.kill()
     scene.agent.start()
