@@ -73,15 +73,23 @@ class NotifySocket:
 class AgentProcess:
     """One `python -m supervisor start` with its own configuration, state directory and log directory.
 
-    Owns the process. `home` holds agent.toml, state/, logs/ and what the agent wrote to stderr.
+    Owns the process. `home` holds agent.toml, state/, logs/ and what the agent wrote to stderr. `behind` is a command
+    that becomes the one it is given: `unshare --mount` and the like.
     """
 
-    def __init__(self, config: Mapping[str, Any] | str, args: Sequence[str] = (), env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        config: Mapping[str, Any] | str,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        behind: Sequence[str] = (),
+    ):
         self.home = Path(tempfile.mkdtemp(prefix="agent-"))
         self.config_file = self.home / "agent.toml"
         self._mark = uuid.uuid4().hex
         self.args = list(args)
         self.env = dict(env or {})
+        self.behind = list(behind)
         self.notify = NotifySocket()
         self.process: subprocess.Popen[bytes] | None = None
         self.write_config(config)
@@ -111,7 +119,8 @@ class AgentProcess:
     def start(self, *, wait: bool = True) -> AgentProcess:
         """Starts it; with `wait` returns when it has told the service manager READY=1."""
         seen = len(self.notify.lines("READY"))
-        command = [sys.executable, "-m", "supervisor", "start", "--config", str(self.config_file), *self.args]
+        start = ["-m", "supervisor", "start", "--config", str(self.config_file)]
+        command = [*self.behind, sys.executable, *start, *self.args]
         environ = clean_environ(NOTIFY_SOCKET=self.notify.address, **self.env)
         with (self.home / "stderr.txt").open("ab") as output:
             self.process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.config.file import load
+from supervisor.failpoints import STEPS
 
 TOP = Path(__file__).parent.parent
 PAGES = sorted([TOP / "README.md", *(TOP / "docs").rglob("*.md")])
@@ -77,3 +79,47 @@ def test_the_architecture_page_names_every_room() -> None:
     }
     for room in sorted(rooms - {"__init__", "__pycache__", "py.typed"}):
         assert re.search(rf"\b{room}\b", page), f"docs/architecture.md does not name {room}"
+
+
+# --- docs/what-happens-if.md ------------------------------------------------------------------------------------------
+
+WHAT_IF = TOP / "docs" / "what-happens-if.md"
+PROOF = re.compile(r"`(tests/test_\w+\.py)::(test_\w+)`")
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of every row of every table, headings left out."""
+    tables = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for table in tables for row in table.splitlines()]
+
+
+def names_of_tests(file: Path) -> set[str]:
+    return {
+        node.name
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_every_row_of_what_happens_if_says_all_and_names_its_proof() -> None:
+    found = rows(WHAT_IF.read_text())
+    assert len(found) == len([line for line in WHAT_IF.read_text().splitlines() if PROOF.search(line)]) > 50
+    for row in found:
+        assert len(row) == 4, row
+        assert all(row), row
+        assert PROOF.search(row[-1]), f"no test is named for: {row[0]}"
+    said = [row[0] for row in found]
+    assert sorted(set(said)) == sorted(said)
+
+
+def test_every_test_that_the_pages_name_exists() -> None:
+    named = {proof for page in PAGES for proof in PROOF.findall(page.read_text())}
+    for file, name in sorted(named):
+        assert (TOP / file).exists(), file
+        assert name in names_of_tests(TOP / file), f"{file} has no {name}"
+
+
+def test_what_happens_if_names_every_step_of_the_kill_suite() -> None:
+    killed = WHAT_IF.read_text().partition("## The agent is killed")[2].partition("\n## ")[0]
+    for step in STEPS:
+        assert re.search(rf"[(, ]{step}[,)]", killed), f"no row tells what happens at '{step}'"

@@ -91,13 +91,15 @@ def _held(ref: ProcessRef) -> Iterator[int | None]:
 async def end(ref: ProcessRef | None, run_id: str, *, grace: float, group: RunGroup | None = None) -> int:
     """End every process of the run and return when none lives: how many had to be killed.
 
-    SIGTERM to all of them, up to `grace` seconds for them to go, then SIGKILL until two looks in a row find nobody. Of a
-    run with a `group` the kernel kills all at one stroke, and says itself when that is empty.
+    SIGTERM to all of them, up to `grace` seconds for them to go, then SIGKILL until two looks in a row find nobody. Without
+    grace there is no SIGTERM either: nobody is to act upon it. Of a run with a `group` the kernel kills all at one stroke,
+    and says itself when that is empty.
     A process that not even SIGKILL ends (waiting for a dead disk or file server) is waited for, however long: nobody
     may say that a run has ended while a process of it lives. Give up by cancelling.
     """
     asked: set[ProcessRef] = set()
-    if await _ask_to_go(ref, run_id, grace, asked, group) and not (group is not None and group.populated()):
+    gone = grace > 0 and await _ask_to_go(ref, run_id, grace, asked, group)
+    if gone and not (group is not None and group.populated()):
         return 0
     return await _kill(ref, run_id, asked, group)
 
