@@ -11,7 +11,7 @@ import pytest
 from supervisor.config import Flows, Poll
 from supervisor.errors import LostAnswer, ServerTrouble, Unreachable
 from supervisor.lifecycle import Exit, Exited, Hook, Outcome, StopReason
-from supervisor.model import FlowRun, Job, StateType
+from supervisor.model import FlowRun, Job, State, StateType
 from supervisor.runs.ending import Ending, Facts, engine_ran_hooks
 from supervisor.runs.entry import Entry
 from supervisor.runs.health import ServerHealth
@@ -21,6 +21,7 @@ from supervisor.runs.teller import Teller
 from tests.fakes import FakeBackend, FakeJournal, NoOutput, offer, on_jumping_clock, record_of
 
 KILLED = Exit(signal=9)
+CLAIM = "7d7f66b5-9f3c-4ad4-9d6a-0a1f3a3f6f0e"
 
 
 class HookRunner:
@@ -49,7 +50,7 @@ async def end(backend: FakeBackend, facts: Facts, output: Path = Path("/nowhere"
         output=NoOutput(),
     )
     log = logging.LoggerAdapter(logging.getLogger("test"), {})
-    record = record_of(offer(), Exited(how=facts.how, stopped=facts.stopped))
+    record = record_of(offer(), Exited(how=facts.how, stopped=facts.stopped), claim_id=CLAIM)
     entry = Entry(record, kit.journal, "boot", log)
     ending = Ending(entry, Flows(python=Path("/nowhere")), kit, output, log)
     run, decision = await ending.look(facts)
@@ -116,6 +117,42 @@ async def test_a_report_is_repeated_through_an_outage_however_long() -> None:
     outcome, _ = await end(backend, Facts(how=KILLED, starts=1))
     assert outcome is Outcome.CRASHED
     assert backend.states["r1"].type is StateType.CRASHED
+
+
+def behind_a_late_claim(end: State) -> FakeBackend:
+    """The run has been executed, and then a claim of ours was stored that had waited for the server's database."""
+    backend = FakeBackend(offer())
+    claim = State(type=StateType.PENDING, name="Pending", id="claim", transition_id=CLAIM)
+    running = State(type=StateType.RUNNING, name="Running", id="running")
+    backend.histories["r1"] += [claim, claim, running, end]  # ordered by proposal, as servers do
+    backend.states["r1"] = claim
+    return backend
+
+
+@pytest.mark.parametrize("stopped", [None, StopReason.CANCEL])
+@pytest.mark.parametrize("state", [StateType.COMPLETED, StateType.FAILED])
+def test_an_end_that_our_own_late_claim_has_overwritten_is_put_back(
+    state: StateType, stopped: StopReason | None
+) -> None:
+    @on_jumping_clock
+    async def check() -> None:
+        backend = behind_a_late_claim(State(type=state, name="Own name", id="end", message="all well", data={"x": 1}))
+        outcome, hooks = await end(backend, Facts(how=KILLED, starts=1, stopped=stopped))
+        now = backend.states["r1"]
+        assert (outcome, now.type, now.name, now.message) == (Outcome.FINISHED, state, "Own name", "all well")
+        assert now.data == {"x": 1}
+        assert hooks.ran == []
+
+    check()
+
+
+@on_jumping_clock
+async def test_a_run_that_was_begun_is_not_begun_again_because_of_a_late_claim() -> None:
+    backend = behind_a_late_claim(State(type=StateType.RUNNING, name="Running", id="running"))
+    outcome, hooks = await end(backend, Facts(how=KILLED, starts=1))
+    assert outcome is Outcome.CRASHED
+    assert "did not report how the run ended" in (backend.states["r1"].message or "")
+    assert hooks.ran == [(Hook.CRASHED, StateType.CRASHED)]
 
 
 @pytest.mark.parametrize("state", [StateType.COMPLETED, StateType.FAILED])

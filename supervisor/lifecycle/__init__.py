@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import signal
+from typing import Any
 
 import msgspec
 
@@ -130,6 +131,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     force: bool = False
     show_output: bool = False  # put the last lines of the output into the run's log
+    data: Any = None  # the server's record of the result, where an end is put back
 
 
 class Owed(msgspec.Struct, frozen=True, kw_only=True):

@@ -153,6 +153,18 @@ def claimed_since(history: Sequence[State], claim_id: str, ours: Collection[str]
     )
 
 
+def taken_over(history: Sequence[State], claim_id: str, ours: Collection[str]) -> State | None:
+    """The last that others have said of the run since that claim of ours, if its engine has ever taken it over.
+
+    A claim whose answer was lost can be stored again when the run has long been executed, if the server's database was
+    busy for so long: then the run only looks as if nobody had begun it.
+    """
+    place = next((place for place, state in enumerate(history) if state.transition_id == claim_id), len(history))
+    theirs = [state for state in history[place:] if state.transition_id not in ours]
+    begun = any(state.type is StateType.RUNNING or state.type.terminal for state in theirs)
+    return theirs[-1] if begun else None
+
+
 def _again(state: State) -> Proposal:
     return Proposal(
         type=state.type,

@@ -17,7 +17,7 @@ from supervisor.lifecycle.decision import Decision, Done, Relaunch, decide, hook
 from supervisor.lifecycle.record import SUBMITTING, Record
 from supervisor.logs import last_lines
 from supervisor.model import Answer, FlowRun, Job, Proposal, State, StateType
-from supervisor.runs.claim import claimed_since
+from supervisor.runs.claim import claimed_since, taken_over
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
 
@@ -69,21 +69,33 @@ class Ending:
             run = await patience.until_answered(lambda: backend.read_run(self._id))
         except (NotFound, Refused):
             run = None
-        decision = decide(facts.how, run, stopped=facts.stopped, starts=facts.starts, why=facts.why)
-        if isinstance(decision, Report | Relaunch) and await self._claimed_by_others():
-            self._log.warning("somebody else has claimed it since; leaving it to them")
-            decision = Done(Outcome.HANDED_BACK)
+        decision = self._decide(facts, run)
+        if run is not None and isinstance(decision, Report | Relaunch):
+            run, decision = await self._by_history(facts, run, decision)
         failpoint("after look")
         return run, decision
 
-    async def _claimed_by_others(self) -> bool:
-        """Whether the run has been scheduled and claimed again since our claim: then its state is not ours to end."""
+    def _decide(self, facts: Facts, run: FlowRun | None) -> Decision:
+        return decide(facts.how, run, stopped=facts.stopped, starts=facts.starts, why=facts.why)
+
+    async def _by_history(self, facts: Facts, run: FlowRun, decision: Decision) -> tuple[FlowRun, Decision]:
+        """What follows when not only the run's state is looked at but all that it has been since our claim."""
         backend, record = self._kit.backend, self._entry.record
+        ours = {record.claim_id, record.transition_id(SUBMITTING)}
         try:
             history = await self._kit.patience.until_answered(lambda: backend.history(self._id))
         except (NotFound, Refused):
-            return False
-        return claimed_since(history, record.claim_id, {record.claim_id, record.transition_id(SUBMITTING)})
+            return run, decision
+        if claimed_since(history, record.claim_id, ours):
+            self._log.warning("somebody else has claimed it since; leaving it to them")
+            return run, Done(Outcome.HANDED_BACK)
+        last = taken_over(history, record.claim_id, ours)
+        if last is None or run.state is None or run.state.transition_id not in ours:
+            return run, decision
+        self._log.warning("the server has stored our claim once more after the run had become %s", last.name)
+        run = msgspec.structs.replace(run, state=last, state_id=last.id, state_type=last.type, state_name=last.name)
+        decision = self._decide(facts, run)
+        return run, _put_back(last, decision.outcome) if isinstance(decision, Done) else decision
 
     async def settle(self, run: FlowRun | None, decision: Decision, facts: Facts, job: Job | None) -> Outcome:
         """Carries the decision out; returns when the server has heard it and owed hooks have been run."""
@@ -142,6 +154,7 @@ class Ending:
             name=report.name,
             message=report.message,
             force=report.force,
+            data=report.data,
             transition_id=self._entry.record.transition_id(f"report {report.type.value}"),
             scheduled=datetime.now(UTC) if scheduled else None,
         )
@@ -169,7 +182,7 @@ class Ending:
             owed = msgspec.structs.replace(owed, heard=True)
             await self._entry.owe(owed)
         failpoint("before log line")
-        if owed.report.type is not StateType.CANCELLED:
+        if owed.report.type not in (StateType.CANCELLED, StateType.COMPLETED):
             await self._kit.teller.bad_end(self._id, self._words(owed.report), unless_there=again)
         failpoint("after log line")
         if owed.hook is not None:
@@ -198,6 +211,11 @@ class Ending:
         failpoint("before hook")
         await self._kit.launcher.run_hook(hook, self._entry.record.run, job, self._flows)
         failpoint("after hook")
+
+
+def _put_back(end: State, outcome: Outcome) -> Report:
+    message = end.message or ""
+    return Report(type=end.type, name=end.name, message=message, outcome=outcome, force=True, data=end.data)
 
 
 _LEVELS = {StateType.CRASHED: logging.ERROR, StateType.FAILED: logging.ERROR}
