@@ -119,6 +119,14 @@ def test_a_run_is_found_whose_parent_is_gone(stable: Stable, run_id: str) -> Non
     assert find(run_id) == ref
 
 
+def test_an_engine_is_not_mistaken_for_a_child_that_it_has_left_behind(stable: Stable, run_id: str) -> None:
+    child, _ = stable.orphan(run_id)
+    assert find(run_id, engine=True) is None
+    assert find(run_id) == child
+    engine, _ = stable.start(LIVE, "-m", "prefect.engine", environ={MARK: run_id})
+    assert find(run_id, engine=True) == ref_of(engine.pid)
+
+
 def test_a_zombie_is_not_found(stable: Stable, run_id: str) -> None:
     process = stable.run(run_id)
     process.kill()

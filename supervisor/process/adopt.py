@@ -45,13 +45,16 @@ def adopt(ref: ProcessRef) -> Adopted | None:
     return Adopted(ref) if alive(ref) else None
 
 
-def find(run_id: str) -> ProcessRef | None:
+def find(run_id: str, *, engine: bool = False) -> ProcessRef | None:
     """The run's own process by its mark: the leader of a session, as we start them; of several the oldest.
 
-    None when there is none. Children that the run has left behind do not count, unless they lead sessions of their own
-    and their parents are gone: then nothing tells them from the run's own process. Takes a few milliseconds.
+    `engine`: it must have been started as Prefect's engine. None when there is none. Children that the run has left behind do
+    not count, unless they lead sessions of their own and their parents are gone: then nothing tells them from a process
+    that is no engine, nor copies of the engine from itself. Takes a few milliseconds.
     """
     found = [stat for stat, environ in _leaders() if environ.get(MARK) == run_id]
+    if engine:
+        found = [stat for stat in found if is_engine(ref_of(stat))]
     return ref_of(min(found, key=_age_order)) if found else None
 
 
@@ -68,6 +71,15 @@ def marked_runs(state_dir: Path) -> dict[str, ProcessRef]:
             continue
         oldest[run_id] = min(oldest.get(run_id, stat), stat, key=_age_order)
     return {run_id: ref_of(stat) for run_id, stat in oldest.items()}
+
+
+def is_engine(ref: ProcessRef) -> bool:
+    """Whether that living process was started as Prefect's engine, or is a copy of one."""
+    try:
+        words = Path(f"/proc/{ref.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"prefect.engine" in words and alive(ref)
 
 
 def age_seconds(ref: ProcessRef) -> float:

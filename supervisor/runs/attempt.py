@@ -5,28 +5,27 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from supervisor.config import Work
-from supervisor.errors import BackendError, InterpreterError, JobError
+from supervisor.errors import BackendError, InterpreterError, JobError, NotFound, Refused
 from supervisor.failpoints import failpoint
 from supervisor.lifecycle import Exit, Outcome, ProcessRef, Report, Running, Starting, Stopping, StopReason
-from supervisor.model import Answer, Job, Proposal, StateType
-from supervisor.process.adopt import Adopted, adopt, age_seconds, find
-from supervisor.process.channel import Intent, Session
+from supervisor.model import Job, StateType
+from supervisor.process.adopt import adopt, age_seconds, find, is_engine
 from supervisor.process.members import ref_of, sweep
 from supervisor.process.ref import boot_id
-from supervisor.process.stop import end, end_leftovers, end_others, let_go_on, wait_gone
+from supervisor.process.stop import end, end_leftovers, wait_gone
 from supervisor.runs.ending import Facts, engine_ran_hooks
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
 from supervisor.runs.launcher import HOOK_SECONDS, Launched
+from supervisor.runs.stopper import Stopper
 from supervisor.runs.wish import StopWish
 
-CONNECT_SECONDS = 1.0  # an engine that is not on its control channel by then will not be asked through it
-CANCELLING_SECONDS = 5.0  # the longest that telling the server of our own stop may delay the stop
 LEASE_SECONDS = 150.0  # half of the shortest lease that servers give (300 s)
 LEFTOVER_GRACE_SECONDS = 5.0
 SECOND_LOOK_SECONDS = 0.5  # for a process that was being started when an earlier agent died
@@ -35,15 +34,6 @@ AWAY = Exit(note="ended unseen while flow-agent was not running")
 REBOOTED = Exit(note="ended when the machine went down")
 
 _output_log = logging.getLogger("flow-agent.output")
-
-
-def _is_mute(launched: Launched, reason: StopReason) -> bool:
-    """Whether a polite signal would make a lie: an engine whose channel went with its agent calls SIGTERM a crash.
-
-    It would force CRASHED over what the run is and run the hooks for that. Where the machine goes down, that is the truth.
-    """
-    adopted_engine = isinstance(launched.child, Adopted) and launched.is_engine and launched.runs_own_hooks
-    return adopted_engine and reason is not StopReason.SHUTDOWN
 
 
 @dataclass(frozen=True)
@@ -67,23 +57,25 @@ class Attempt:
         self._id = entry.record.run.id
         self._output = kit.launcher.output(self._id)
         self.group = kit.launcher.group(self._id)  # None where the kernel's groups are not ours to use
+        self._stopper = Stopper(entry, wish, kit, work.flows.grace_seconds, self.group, log)
 
     async def start(self, job: Job, claimed: Claimed, told: trio.Nursery) -> Facts | Report:
         """Starts the process, and returns how it ended when nothing of it lives any more."""
         record = self._entry.record
         attempt = record.starts + 1
-        failpoint("before spawn")
+        launcher, flows = self._kit.launcher, self._work.flows
         try:
-            launched = await self._kit.launcher.launch(record.run, job, self._work.flows, self.group)
+            plan = await launcher.plan(job, flows)
+            # Should we die before it is written that it runs, whoever finds it must know what it is.
+            await self._entry.note(job=job, runs_own_hooks=plan.runs_own_hooks, is_engine=plan.is_engine)
+            failpoint("before spawn")
+            launched = await launcher.launch(record.run, job, flows, plan, self.group)
         except (JobError, InterpreterError) as error:
             return Report(type=StateType.CRASHED, message=str(error), outcome=Outcome.CRASHED)
         failpoint("after spawn")
         await self._entry.to(
             Running(process=launched.child.ref, attempt=attempt),
             starts=attempt,
-            job=job,
-            runs_own_hooks=launched.runs_own_hooks,
-            is_engine=launched.is_engine,
             shown=launched.output_from if attempt == 1 else record.shown,
         )
         self._log.info("started, process %d", launched.child.ref.pid)
@@ -96,12 +88,14 @@ class Attempt:
         same_boot = self._entry.record.boot_id == boot_id()
         if isinstance(phase, Starting):
             ref = await self._find() if same_boot else None
-            if ref is None:
+            if ref is None:  # it may have come and gone unseen
+                await end_leftovers(self._id, None, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
                 return None
             await self._entry.to(Running(process=ref, attempt=phase.attempt), starts=phase.attempt)
         else:
             assert isinstance(phase, Running | Stopping)
             ref = phase.process
+        by_mark = isinstance(phase, Starting)
         child = adopt(ref)
         if child is None:
             await end_leftovers(self._id, ref, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
@@ -109,17 +103,18 @@ class Attempt:
         self._log.info("still running as process %d; going on with it", ref.pid)
         record = self._entry.record
         launched = Launched(child, None, record.runs_own_hooks, record.is_engine, output_from=record.shown)
-        return await self._stay(launched, Claimed())
+        return await self._stay(launched, Claimed(), by_mark=by_mark)
 
     def unseen(self) -> Exit:
         """How a process has ended that is gone since an earlier agent was here."""
         return AWAY if self._entry.record.boot_id == boot_id() else REBOOTED
 
     async def _find(self) -> ProcessRef | None:
-        ref = find(self._id)
+        engine = self._entry.record.is_engine
+        ref = find(self._id, engine=engine)
         if ref is None:
             await trio.sleep(SECOND_LOOK_SECONDS)  # it may have been between fork and exec
-            ref = find(self._id)
+            ref = find(self._id, engine=engine)
         return ref
 
     async def _tell_start(self, job: Job, pid: int, attempt: int) -> None:
@@ -133,13 +128,15 @@ class Attempt:
 
     # --- beside the process ------------------------------------------------------------------------------------------
 
-    async def _stay(self, launched: Launched, claimed: Claimed) -> Facts:
+    async def _stay(self, launched: Launched, claimed: Claimed, *, by_mark: bool = False) -> Facts:
         child = launched.child
         stopped = trio.Event()
         async with trio.open_nursery() as beside:
-            beside.start_soon(self._stop_when_asked, launched, stopped)
+            beside.start_soon(self._stopper.stop_when_asked, launched, stopped)
             beside.start_soon(self._time_out, child.ref)
             beside.start_soon(self._keep_lease, claimed)
+            if by_mark:
+                beside.start_soon(self._end_if_over, child.ref)
             beside.start_soon(self._kit.output.watch, self._id, self._entry.record.shown, self._show)
             how = await child.wait()
             if self._wish.asked.is_set():
@@ -195,6 +192,15 @@ class Attempt:
             if self._wish.ask(StopReason.TIMEOUT, why):
                 self._log.info("stopping: %s", why)
 
+    async def _end_if_over(self, ref: ProcessRef) -> None:
+        """What was found by its mark may not be the run's own process but what that has left behind: then the run is over."""
+        with suppress(NotFound, Refused):
+            run = await self._kit.patience.until_answered(lambda: self._kit.backend.read_run(self._id))
+            if run.state_type is not None and run.state_type.terminal:
+                # An engine runs its on_completion hooks when the run is over.
+                await wait_gone([ref], HOOK_SECONDS if is_engine(ref) else LEFTOVER_GRACE_SECONDS)
+                await end(ref, self._id, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
+
     async def _keep_lease(self, claimed: Claimed) -> None:
         """The engine renews its deployment's concurrency lease once it runs; until then nobody else would."""
         while claimed.lease_id is not None:
@@ -206,92 +212,3 @@ class Attempt:
                 await self._kit.backend.renew_lease(claimed.lease_id, LEASE_SECONDS * 2)
             except BackendError as error:
                 self._log.debug("lease of the deployment's concurrency slot not renewed: %s", error)
-
-    # --- stopping ----------------------------------------------------------------------------------------------------
-
-    async def _stop_when_asked(self, launched: Launched, stopped: trio.Event) -> None:
-        await self._wish.asked.wait()
-        reason = self._wish.reason
-        assert reason is not None
-        child = launched.child
-        if not isinstance(self._entry.phase, Stopping):  # an earlier agent may have begun
-            await self._entry.to(Stopping(process=child.ref, reason=reason), stopped=reason, why=self._wish.why)
-        grace = self._work.flows.grace_seconds
-        with trio.CancelScope() as politeness:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._when_hurried, politeness)
-                killed = await self._stop_politely(launched, reason, grace)
-                nursery.cancel_scope.cancel()
-            if killed:
-                self._log.warning("killed %d process(es) that outlived the grace of %g s", killed, grace)
-        if politeness.cancelled_caught:
-            await end(child.ref, self._id, grace=0.0, group=self.group)
-        stopped.set()
-
-    async def _stop_politely(self, launched: Launched, reason: StopReason, grace: float) -> int:
-        """How many processes had to be killed all the same."""
-        child, killed = launched.child, 0
-        ours = reason in (StopReason.TIMEOUT, StopReason.OPERATOR)  # cancellations that nobody else has wished for
-        leaving = ours and not await self._say_cancelling()
-        failpoint("before ask engine")
-        asked = not (leaving or self._hooks_begun(launched)) and await self._ask_engine(launched.session, reason)
-        failpoint("after ask engine")
-        mute = _is_mute(launched, reason)
-        if (asked and launched.is_engine) or mute:
-            # It will write CANCELLED itself, and nothing else of the run may live by then.
-            failpoint("before others ended")
-            killed = await end_others(child.ref, self._id, grace=grace, group=self.group)
-            failpoint("after others ended")
-        if leaving or self._hooks_begun(launched):
-            # An engine on its way out would take the signal for the run's: it would put CANCELLED or CRASHED over
-            # what it has reported, or run once more the hooks it began when the server refused its COMPLETED.
-            let_go_on(child.ref)
-            with trio.move_on_after(grace):
-                await child.wait()
-        failpoint("before signal")
-        if mute:
-            self._log.info("killing process %d: it cannot be told that this is no crash", child.ref.pid)
-            await end(child.ref, self._id, grace=0.0, group=self.group)
-        else:
-            killed += await end(child.ref, self._id, grace=grace, group=self.group)
-        failpoint("after signal")
-        return killed
-
-    def _hooks_begun(self, launched: Launched) -> bool:
-        return launched.runs_own_hooks and engine_ran_hooks(self._output)
-
-    async def _ask_engine(self, session: Session | None, reason: StopReason) -> bool:
-        """Tells the engine what the signal to come means; without a channel, it would call it a crash.
-
-        Returns whether it has understood, and so will act on it itself.
-        """
-        if session is None or reason is StopReason.SHUTDOWN:
-            return False
-        with trio.move_on_after(CONNECT_SECONDS):
-            await session.wait_connected()
-        intent = Intent.RESCHEDULE if reason is StopReason.RESCHEDULE else Intent.CANCEL
-        return session.connected and await session.ask(intent)
-
-    async def _when_hurried(self, politeness: trio.CancelScope) -> None:
-        await self._wish.hurry.wait()
-        politeness.cancel()
-
-    async def _say_cancelling(self) -> bool:
-        """Our own stop is a cancellation to everybody else: the engine runs its hooks, and people see why.
-
-        Returns False when the server says that the run has ended already.
-        """
-        proposal = Proposal(
-            type=StateType.CANCELLING,
-            name="Cancelling",
-            message=self._wish.why,
-            transition_id=self._entry.record.transition_id("cancelling"),
-        )
-        with trio.move_on_after(CANCELLING_SECONDS):
-            try:
-                verdict = await self._kit.backend.propose(self._id, proposal)
-            except BackendError as error:
-                self._log.debug("not told that it is being stopped: %s", error)
-            else:
-                return verdict.answer is not Answer.ABORT
-        return True

@@ -46,7 +46,8 @@ class Entry:
     async def open(self) -> bool:
         """Writes that the run is about to be claimed. False when there is no room for that: then it must not be."""
         failpoint("before journal Claiming")
-        written = await self._write(self.record.phase)
+        # What was written into the last of the room is no better: starting the run needs some, too.
+        written = await self._write(self.record.phase) and not self._journal.full
         failpoint("after journal Claiming")
         if not written:
             self._journal.forget(self.record.claim_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,19 @@ class Launched:
     runs_own_hooks: bool
     is_engine: bool
     output_from: int  # where in the run's file the output of this process begins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run's process before it is started. `interpreter` is None where a command does without ours."""
+
+    argv: Sequence[str]
+    is_engine: bool
+    interpreter: Interpreter | None
+
+    @property
+    def runs_own_hooks(self) -> bool:
+        return self.interpreter is None or self.interpreter.runs_own_hooks
 
 
 class OutputFiles(Protocol):
@@ -85,23 +98,26 @@ class Launcher:
         """The run's control group; None where we have none to give."""
         return None if self._cgroups is None else self._cgroups.group(run_id)
 
-    async def launch(self, run: FlowRun, job: Job, flows: Flows, group: RunGroup | None = None) -> Launched:
-        """Starts the run's process. Raises `JobError` or `InterpreterError` with a sentence for the run's owner."""
+    async def plan(self, job: Job, flows: Flows) -> Plan:
+        """What `launch` will start. Raises `InterpreterError` with a sentence for the run's owner."""
         command = job.command or flows.command
         interpreter = await self._interpreter(flows, needed=command is None)
-        argv = command or (str(flows.python), "-m", "prefect.engine")
-        session = self._channel.expect() if interpreter is None or interpreter.has_control_channel else None
-        env = self._environ(run, job, flows, interpreter, session)
+        return Plan(command or (str(flows.python), "-m", "prefect.engine"), command is None, interpreter)
+
+    async def launch(self, run: FlowRun, job: Job, flows: Flows, plan: Plan, group: RunGroup | None = None) -> Launched:
+        """Starts the run's process. Raises `JobError` with a sentence for the run's owner."""
+        has_channel = plan.interpreter is None or plan.interpreter.has_control_channel
+        session = self._channel.expect() if has_channel else None
+        env = self._environ(run, job, flows, plan.interpreter, session)
         try:
             began = await self._output.prepare(run.id)
             directory = self._directory(run, job, flows)
-            child = await launch(argv, env=env, cwd=directory, output=self.output(run.id), group=group)
+            child = await launch(plan.argv, env=env, cwd=directory, output=self.output(run.id), group=group)
         except JobError:
             if session is not None:
                 session.close()
             raise
-        own_hooks = interpreter is None or interpreter.runs_own_hooks
-        return Launched(child, session, own_hooks, is_engine=command is None, output_from=began)
+        return Launched(child, session, plan.runs_own_hooks, plan.is_engine, output_from=began)
 
     async def run_hook(self, hook: Hook, run: FlowRun, job: Job, flows: Flows) -> bool:
         """Runs the flow's hooks of that kind in a process of their own. Returns False, having said why, when that failed."""

@@ -229,7 +229,7 @@ class Run:
             self.ask_to_stop(StopReason.CANCEL, verdict.state.message or "Cancelled on request.")
 
     async def _job_of(self, facts: Facts) -> Job | None:
-        """The job, for the hooks of a run whose process has lived. An earlier agent may have died before it noted it."""
+        """The job, for the hooks of a run whose process has lived; asked for again where the journal that held it was lost."""
         job = self._entry.record.job
         if job is None and facts.how is not None:
             try:

@@ -10,6 +10,8 @@ of such a Python: which Prefect it has (`-c QUESTION`), the engine (`-m prefect.
     go        a file for which the body waits before it ends; none: it ends at once
     seconds   how long the body takes at least
 
+Each run leaves a child behind.
+
 As in Prefect 3.6.27 and later, and not in 2.x, it connects to the control channel and answers for its own hooks: asked to
 cancel, it reports CANCELLED on SIGTERM; not asked, it takes the signal for a crash. That of 2.x dies without a word.
 """
@@ -52,6 +54,13 @@ def append(path: str, line: str) -> None:
         file.write(f"{line}\n")
 
 
+def leave_a_child() -> None:
+    """A process in a session of its own that nobody but the agent will end."""
+    if os.fork() == 0:
+        os.setsid()
+        os.execv("/bin/sleep", ["sleep", "300"])
+
+
 class Engine:
     def __init__(self) -> None:
         self.run_id = os.environ["PREFECT__FLOW_RUN_ID"]
@@ -69,6 +78,7 @@ class Engine:
         if NATIVE:
             signal.signal(signal.SIGTERM, self.terminated)
             self.connect()
+        leave_a_child()
         append(wanted["trace"], f"{self.run_id} {os.getpid()}")
         print(f"body of {self.run_id}", flush=True)
         if wanted["outcome"] == "is cancelled":
