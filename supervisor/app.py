@@ -35,6 +35,7 @@ from supervisor.runs.health import ServerHealth
 from supervisor.runs.heartbeat import Heartbeat
 from supervisor.runs.kit import Kit
 from supervisor.runs.ladder import Ladder, Rung
+from supervisor.runs.late import LateClaims
 from supervisor.runs.launcher import Launcher
 from supervisor.runs.patience import Patience
 from supervisor.runs.poller import Poller, turn_seconds
@@ -125,6 +126,7 @@ class _Agent:
         self._output = OutputKeeper(config.agent.log_dir, config.output)
         patience = Patience(poll, self._health)
         teller = Teller(backend, patience, worker=config.agent.name, version=__version__)
+        self._late = LateClaims(backend, patience)
         self._cgroups = cgroups
         launcher = Launcher(
             api_url=config.api.url,
@@ -145,6 +147,7 @@ class _Agent:
             launcher=launcher,
             journal=journal,
             output=self._output,
+            claimed_twice=self._late.claimed_twice,
         )
 
         def new_run(offer: FlowRun, source: Source) -> Run:
@@ -196,11 +199,10 @@ class _Agent:
         asked = True
         async with trio.open_nursery() as services:
             await services.start(self._channel.serve)
-            for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat):
+            for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat, self._late.run):
                 services.start_soon(service)
-            services.start_soon(self._journal.run)
-            services.start_soon(reap_strangers)
-            services.start_soon(self._keep_house)
+            for keeper in (self._journal.run, self._keep_house, reap_strangers):
+                services.start_soon(keeper)
             services.start_soon(self._notifier.run_status, self.describe)
             async with trio.open_nursery() as runs:
                 self._roster.open(runs)

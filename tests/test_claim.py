@@ -23,7 +23,9 @@ async def claim_it(backend: FakeBackend, run: FlowRun) -> Ours | NotOurs:
 @on_jumping_clock
 async def test_a_fresh_offer_is_claimed_with_one_proposal_between_two_looks() -> None:
     backend = FakeBackend(offer())
-    assert isinstance(await claim_it(backend, offer()), Ours)
+    ours = await claim_it(backend, offer())
+    assert isinstance(ours, Ours)
+    assert not ours.twice
     assert [name for name, _ in backend.calls] == ["read_run", "propose", "history"]
     assert backend.proposals[0][1].transition_id == "t1"
 
@@ -56,7 +58,9 @@ async def test_a_claim_whose_answer_was_lost_is_recognised_as_ours() -> None:
 async def test_a_claim_that_never_arrived_is_made_again_with_the_same_transition_id() -> None:
     backend = FakeBackend(offer())
     backend.faults["propose"] = [ServerTrouble("503"), LostAnswer("reset"), ServerTrouble("502")]
-    assert isinstance(await claim_it(backend, offer()), Ours)
+    ours = await claim_it(backend, offer())
+    assert isinstance(ours, Ours)
+    assert ours.twice
     assert {proposal.transition_id for _, proposal in backend.proposals} == {"t1"}
 
 

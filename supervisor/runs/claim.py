@@ -37,6 +37,7 @@ class Ours(msgspec.Struct, frozen=True):
     """The run is PENDING and waits for us."""
 
     state: State | None
+    twice: bool = False  # the claim may have been sent before: nobody knows what became of that one
 
 
 async def claim(
@@ -108,7 +109,8 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
     failpoint("after claim")
     settled = judge(verdict, transition_id)
     if isinstance(settled, Ours):
-        return await _unless_too_late(backend, offer, transition_id, settled)
+        ours = msgspec.structs.replace(settled, twice=in_doubt)
+        return await _unless_too_late(backend, offer, transition_id, ours)
     return settled
 
 
@@ -124,7 +126,7 @@ async def _unless_too_late(backend: Backend, offer: FlowRun, transition_id: str,
                 return NotOurs(reason="its own process is waiting to retry it", expected=True)
             return ours
         if run.state is not None and run.state.transition_id == transition_id:
-            await backend.propose(offer.id, _again(before))
+            await backend.propose(offer.id, put_back(before))
     except NotFound:
         return ours  # deleted, or a server that does not show histories: who executes it will be told
     except BackendError as error:
@@ -165,7 +167,8 @@ def taken_over(history: Sequence[State], claim_id: str, ours: Collection[str]) -
     return theirs[-1] if begun else None
 
 
-def _again(state: State) -> Proposal:
+def put_back(state: State) -> Proposal:
+    """What makes a state the run's again that a claim of ours has overwritten."""
     return Proposal(
         type=state.type,
         name=state.name,

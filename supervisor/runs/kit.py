@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from supervisor.backend.base import Backend
+    from supervisor.lifecycle.record import Record
     from supervisor.runs.entry import Memory
     from supervisor.runs.health import ServerHealth
     from supervisor.runs.launcher import Launcher
@@ -37,3 +38,4 @@ class Kit:
     launcher: Launcher
     journal: Memory
     output: Output
+    claimed_twice: Callable[[Record], None] = lambda _: None  # `LateClaims.claimed_twice`

@@ -101,18 +101,14 @@ class Run:
             self._refuse(NotOurs(reason="there is no room in the state directory", unheard=True))
             self._entry.abandon(closed)
             return None
-        settled = await claim(
-            kit.backend,
-            self._offer,
-            self._entry.record.claim_id,
-            patience=kit.patience,
-            health=kit.health,
-            in_doubt=self._recovered,
-        )
+        id_, doubt = self._entry.record.claim_id, self._recovered
+        settled = await claim(kit.backend, self._offer, id_, patience=kit.patience, health=kit.health, in_doubt=doubt)
         if isinstance(settled, NotOurs):
             self._refuse(settled)
             await self._entry.close(closed)
             return None
+        if settled.twice:
+            kit.claimed_twice(self._entry.record)
         return Claimed(settled.state.lease_id if settled.state is not None else None)
 
     def _refuse(self, why: NotOurs) -> None:
