@@ -169,7 +169,7 @@ def test_a_report_outlives_the_outage_and_the_agent_that_owed_it(
         os.kill(scene.pid, signal.SIGKILL)
         scene.agent.wait_for_log("ended by SIGKILL")
         assert scene.agent.stop() == 0  # it does not wait for ever for a server that is away
-        assert "report(s) to the next flow-agent" in scene.agent.log()
+        assert "leaving 1 run(s) to the next flow-agent" in scene.agent.log()
         assert scene.api.state(scene.run) == "RUNNING"
         way.come_up()
         scene.agent.start()

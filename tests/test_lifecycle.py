@@ -126,7 +126,8 @@ def test_every_end_has_a_decision_and_none_overwrites_a_truth(
         assert handed_back or decision.type in (StateType.CRASHED, StateType.CANCELLED)
         assert decision.message
         # Force is only for what orchestration would refuse although it is true.
-        assert decision.force == (decision.type is StateType.CANCELLED)
+        unexplained = stopped is StopReason.SHUTDOWN and run is not None and run.state_type is StateType.CRASHED
+        assert decision.force == (decision.type is StateType.CANCELLED or unexplained)
     if isinstance(decision, Relaunch):
         assert stopped is None
         assert how is not None
@@ -148,7 +149,7 @@ def test_at_most_one_kind_of_hook_is_owed_and_only_for_a_bad_end(
 
 
 KILLED, TERMED, CLEAN = Exit(signal=9), Exit(signal=15), Exit(code=0)
-CANCEL = StopReason.CANCEL
+CANCEL, DOWN = StopReason.CANCEL, StopReason.SHUTDOWN
 
 # Reference table 2.5, row by row: what the server says, how it ended, whether we stopped it -> what we do.
 TABLE = [
@@ -161,6 +162,7 @@ TABLE = [
     ("suspended", in_state(StateType.PAUSED, "Suspended", reschedule=True), CLEAN, None, Done(Outcome.HANDED_BACK)),
     ("rescheduled", in_state(StateType.SCHEDULED, "AwaitingRetry"), CLEAN, None, Done(Outcome.HANDED_BACK)),
     ("deleted", None, Exit(code=1), None, Done(Outcome.DELETED)),
+    ("cancelled as the machine went down", in_state(StateType.CANCELLED), TERMED, DOWN, Done(Outcome.CANCELLED)),
 ]
 REPORTED = [
     ("running", in_state(StateType.RUNNING), KILLED, None, StateType.CRASHED),
@@ -168,6 +170,7 @@ REPORTED = [
     ("cancelling, and gone before we could stop it", in_state(StateType.CANCELLING), CLEAN, None, StateType.CANCELLED),
     ("the old form of cancelling", in_state(StateType.CANCELLED, "Cancelling"), TERMED, CANCEL, StateType.CANCELLED),
     ("our signal taken for a crash", in_state(StateType.CRASHED), TERMED, CANCEL, StateType.CANCELLED),
+    ("crashed by its engine as the machine went down", in_state(StateType.CRASHED), TERMED, DOWN, StateType.CRASHED),
     ("stopped while running", in_state(StateType.RUNNING), TERMED, StopReason.TIMEOUT, StateType.CANCELLED),
     (
         "cancelled by its engine for our timeout",
@@ -235,6 +238,8 @@ HOOKS = [
     (StateType.CANCELLED, StopReason.TIMEOUT, True, None),
     (StateType.CRASHED, CANCEL, True, None),  # it has run on_crashed
     (StateType.CRASHED, None, True, None),
+    (StateType.CRASHED, DOWN, True, None),
+    (StateType.RUNNING, DOWN, True, Hook.CRASHED),
     (StateType.RUNNING, None, True, Hook.CRASHED),
     (StateType.PENDING, None, True, None),  # nothing of the user's ever ran
     (StateType.COMPLETED, None, True, None),

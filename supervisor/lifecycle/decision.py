@@ -38,9 +38,9 @@ def decide(
     match run.state:
         case State(type=StateType.CANCELLING) | State(type=StateType.CANCELLED, name="Cancelling"):
             return _cancelled(why or run.state.message or "Cancelled on request.")
-        case State(type=StateType.CANCELLED) if stopped in (None, StopReason.CANCEL):
+        case State(type=StateType.CANCELLED) if stopped in (None, StopReason.CANCEL, *HANDING_OVER):
             return Done(Outcome.CANCELLED)
-        case State(type=StateType.CRASHED) if stopped in (None, StopReason.SHUTDOWN):
+        case State(type=StateType.CRASHED) if stopped is None:
             return Done(Outcome.CRASHED)  # else our own signal made an engine without a control channel call it so
         case State(type=StateType.COMPLETED | StateType.FAILED):
             return Done(Outcome.FINISHED)
@@ -57,7 +57,10 @@ def _ended_by_us(run: FlowRun, stopped: StopReason, why: str) -> Decision:
             return retry(why or "Handed back.")
         case StopReason.SHUTDOWN:
             message = why or "The machine went down while it ran."
-            return Report(type=StateType.CRASHED, message=message, outcome=Outcome.CRASHED, show_output=True)
+            force = run.state_type is StateType.CRASHED  # by the engine, which does not know why it was signalled
+            return Report(
+                type=StateType.CRASHED, message=message, outcome=Outcome.CRASHED, force=force, show_output=True
+            )
     return _cancelled(why or "Cancelled on request.")
 
 
@@ -117,6 +120,8 @@ def hook_owed(
             return Hook.CANCELLATION
         case Done(outcome=Outcome.CANCELLED) if stopped is not None and not by_engine:
             return Hook.CANCELLATION
+        case Report(type=StateType.CRASHED) if by_engine and run.state_type is StateType.CRASHED:
+            return None
         case Report(type=StateType.CRASHED) if run.state_type is not StateType.PENDING:
             return Hook.CRASHED
         case Done(outcome=Outcome.CRASHED) if not by_engine:

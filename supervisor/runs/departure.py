@@ -114,17 +114,17 @@ class Departure:
         return True
 
     async def leave_debts(self) -> None:
-        """Service: a stopping agent does not wait for ever to make reports that the next one can make as well."""
+        """Service: a stopping agent does not wait for ever to say what the next one can say as well."""
         await self.going.wait()
         since = trio.current_time()
         while True:
             await trio.sleep(LOOK_SECONDS)
             runs = self._roster.all()
-            owing = runs and self._server_lost() and all(isinstance(run.phase, Exited) for run in runs)
+            owing = runs and self._server_lost() and all(self._between())
             if not owing:
                 since = trio.current_time()
             elif trio.current_time() - since > OWING_SECONDS:
-                _log.warning("leaving %d report(s) to the next flow-agent: the server does not answer", len(runs))
+                _log.warning("leaving %d run(s) to the next flow-agent: the server does not answer", len(runs))
                 self._runs.cancel()
                 return
 
@@ -142,6 +142,7 @@ class Departure:
         self.going.set()
 
     def _between(self) -> list[bool]:
+        """Of each live run, whether all that it waits for is the server."""
         return [isinstance(run.phase, Claiming | Starting | Exited) for run in self._roster.all()]
 
     def _ask_all(self, reason: StopReason, why: str, doing: str, *, hurry: bool = False) -> None:
