@@ -297,7 +297,7 @@ class FakeBackend:
         await self._call("job", run.id)
         return Job()
 
-    async def patch_infrastructure(self, run_id: str, pid: str) -> None:
+    async def patch_infrastructure(self, run_id: str, pid: str | None) -> None:
         await self._call("patch_infrastructure", (run_id, pid))
 
     async def label_run(self, run_id: str, labels: Mapping[str, str]) -> None:
@@ -311,7 +311,7 @@ class FakeBackend:
         return {
             run_id: self.states[run_id]
             for run_id in run_ids
-            if run_id in self.states and self.states[run_id].type is StateType.CANCELLING
+            if run_id in self.states and self.states[run_id].type in (StateType.CANCELLING, StateType.CANCELLED)
         }
 
     async def heartbeat(self, pool: str, worker: str, interval_seconds: float) -> None:

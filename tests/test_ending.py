@@ -119,6 +119,25 @@ async def test_a_report_is_repeated_through_an_outage_however_long() -> None:
     assert backend.states["r1"].type is StateType.CRASHED
 
 
+@on_jumping_clock
+async def test_a_run_that_is_handed_back_has_no_process_for_the_server_any_more() -> None:
+    """Cancelled before anybody starts it again, it must be over at once: nobody would look after it."""
+    backend = ended(StateType.RUNNING)
+    outcome, _ = await end(backend, Facts(how=KILLED, starts=1, stopped=StopReason.RESCHEDULE))
+    assert outcome is Outcome.HANDED_BACK
+    names = [name for name, _ in backend.calls if name in ("patch_infrastructure", "propose")]
+    assert names == ["patch_infrastructure", "propose"]
+    assert ("patch_infrastructure", ("r1", None)) in backend.calls
+
+
+@on_jumping_clock
+async def test_a_run_that_its_engine_has_handed_back_has_no_process_either() -> None:
+    backend = ended(StateType.SCHEDULED, "AwaitingRetry")
+    outcome, _ = await end(backend, Facts(how=KILLED, starts=1, stopped=StopReason.RESCHEDULE))
+    assert outcome is Outcome.HANDED_BACK
+    assert ("patch_infrastructure", ("r1", None)) in backend.calls
+
+
 def behind_a_late_claim(end: State) -> FakeBackend:
     """The run has been executed, and then a claim of ours was stored that had waited for the server's database."""
     backend = FakeBackend(offer())

@@ -344,6 +344,21 @@ def test_a_deleted_run_is_not_found_by_any_call_that_matters(prefect_server: Pre
     on_scene(prefect_server, body)
 
 
+@pytest.mark.parametrize("pid", ["host:4711", None])
+def test_a_run_that_waits_is_cancelled_at_once_where_it_has_no_process(
+    prefect_server: PrefectServer, pid: str | None
+) -> None:
+    async def body(scene: Scene) -> None:
+        run_id = await scene.run(await scene.deployment())
+        await scene.backend.patch_infrastructure(run_id, "host:4711")
+        await scene.backend.patch_infrastructure(run_id, pid)
+        await scene.propose(run_id, StateType.CANCELLING)
+        wanted = StateType.CANCELLING if pid else StateType.CANCELLED
+        assert (await scene.backend.read_run(run_id)).state_type is wanted
+
+    on_scene(prefect_server, body)
+
+
 def test_pid_and_labels_are_noted_on_the_run_where_the_server_has_them(prefect_server: PrefectServer) -> None:
     async def body(scene: Scene) -> None:
         run_id = await scene.run(await scene.deployment())
@@ -356,7 +371,7 @@ def test_pid_and_labels_are_noted_on_the_run_where_the_server_has_them(prefect_s
     on_scene(prefect_server, body)
 
 
-def test_both_forms_of_cancelling_are_found_among_our_runs_only(prefect_server: PrefectServer) -> None:
+def test_what_is_being_cancelled_and_what_has_been_is_found_among_our_runs_only(prefect_server: PrefectServer) -> None:
     async def body(scene: Scene) -> None:
         deployment = await scene.deployment()
         runs = [await scene.run(deployment) for _ in range(5)]
@@ -374,7 +389,9 @@ def test_both_forms_of_cancelling_are_found_among_our_runs_only(prefect_server: 
             today: StateType.CANCELLING,
             renamed: StateType.CANCELLING,
             old: StateType.CANCELLED,
+            cancelled: StateType.CANCELLED,
         }
+        assert (found[old].name, found[cancelled].name) == ("Cancelling", "Cancelled")
         assert await scene.backend.cancelling(many) == {}
 
     on_scene(prefect_server, body)

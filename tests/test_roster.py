@@ -10,7 +10,7 @@ from supervisor.config import Poll, Work
 from supervisor.errors import ServerTrouble
 from supervisor.lifecycle import Outcome, StopReason
 from supervisor.model import FlowRun, StateType
-from supervisor.runs.canceller import Canceller
+from supervisor.runs.canceller import OUTLIVE_SECONDS, Canceller
 from supervisor.runs.claim import NotOurs
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.poller import Poller
@@ -253,6 +253,31 @@ async def test_a_failing_cancellation_poll_backs_off_and_comes_back() -> None:
         nursery.start_soon(canceller.run)
         await trio.sleep(600)
         assert runs[0].asked
+        nursery.cancel_scope.cancel()
+
+
+@on_jumping_clock
+async def test_a_run_that_outlives_its_cancellation_is_ended() -> None:
+    """A server takes a cancellation that nobody has carried out for done, whatever still runs."""
+    backend = FakeBackend(offer())
+    runs: list[ShortRun] = []
+
+    def start(offered: FlowRun, source: Source) -> ShortRun:
+        runs.append(ShortRun(offered, source, 10_000))
+        return runs[-1]
+
+    roster = roster_of(None, start)
+    poll = Poll(jitter=0.0)
+    canceller = Canceller(backend, roster, ServerHealth("u"), QuietPulse(), poll=poll, turn_seconds=9)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        roster.open(nursery)
+        roster.admit(offer(), Source(work(pool="p"), backend))
+        backend.set_state("r1", StateType.CANCELLED)
+        nursery.start_soon(canceller.run)
+        await trio.sleep(OUTLIVE_SECONDS - 1)
+        assert not runs[0].asked  # its engine may be on its way out
+        await trio.sleep(30)
+        assert runs[0].asked[0][0] is StopReason.CANCEL
         nursery.cancel_scope.cancel()
 
 

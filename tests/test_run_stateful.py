@@ -479,7 +479,7 @@ class FakeServer(FakeBackend):
         await self._answer(lost)
         return verdict
 
-    async def patch_infrastructure(self, run_id: str, pid: str) -> None:
+    async def patch_infrastructure(self, run_id: str, pid: str | None) -> None:
         lost = await self._arrive()
         self.pid = pid
         await self._answer(lost)

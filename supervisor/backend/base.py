@@ -81,7 +81,7 @@ class Backend(Protocol):
         deployment has been deleted.
         """
 
-    async def patch_infrastructure(self, run_id: str, pid: str) -> None:
+    async def patch_infrastructure(self, run_id: str, pid: str | None) -> None:
         """Stores `infrastructure_pid`."""
 
     async def label_run(self, run_id: str, labels: Mapping[str, str]) -> None:
@@ -91,7 +91,7 @@ class Backend(Protocol):
         """Renews a deployment concurrency lease. Raises `Refused` (status 410) when it is gone."""
 
     async def cancelling(self, run_ids: Sequence[str]) -> dict[str, State]:
-        """Which of these runs somebody asked to cancel (both forms of Cancelling), with that state."""
+        """Which of these runs are CANCELLING or CANCELLED, with that state."""
 
     # --- about us --------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,11 @@ HANDING_OVER = (StopReason.RESCHEDULE, StopReason.SHUTDOWN)
 Decision = Relaunch | Report | Done
 
 
+def wants_cancel(state: State) -> bool:
+    """Whether somebody is still to carry the cancellation out: today's form, or that of early Prefect 2."""
+    return state.type is StateType.CANCELLING or (state.type is StateType.CANCELLED and state.name == "Cancelling")
+
+
 def decide(
     how: Exit | None, run: FlowRun | None, *, stopped: StopReason | None, starts: int, why: str = ""
 ) -> Decision:
@@ -35,9 +40,9 @@ def decide(
     """
     if run is None or run.state is None:
         return Done(Outcome.DELETED)
+    if wants_cancel(run.state):
+        return _cancelled(why or run.state.message or "Cancelled on request.")
     match run.state:
-        case State(type=StateType.CANCELLING) | State(type=StateType.CANCELLED, name="Cancelling"):
-            return _cancelled(why or run.state.message or "Cancelled on request.")
         case State(type=StateType.CANCELLED) if stopped in (None, StopReason.CANCEL, *HANDING_OVER):
             return Done(Outcome.CANCELLED)
         case State(type=StateType.CRASHED) if stopped is None:

@@ -167,11 +167,12 @@ class Attempt:
         )
 
     async def _show(self, lines: Sequence[str], shown: int) -> None:
-        """The run's output in our own log. Said first and noted then: an agent killed in between says them again."""
+        """The run's output in our own log. Said first and noted then: only an agent that is killed in between says it again."""
         run = self._entry.record.run
         for line in lines:
             _output_log.info("%s", line, extra={"run": run.id, "run_name": run.name})
-        await self._entry.note(shown=shown)
+        with trio.CancelScope(shield=True):  # an agent that leaves would have the next one say it again
+            await self._entry.note(shown=shown)
 
     async def show_rest(self) -> None:
         """The end of the output, once nothing of the run lives."""

@@ -10,16 +10,24 @@ from supervisor.backend.base import Backend
 from supervisor.config import Poll
 from supervisor.errors import BackendError
 from supervisor.lifecycle import StopReason
+from supervisor.lifecycle.decision import wants_cancel
 from supervisor.runs.backoff import Backoff
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.roster import Roster
 from supervisor.systemd.watchdog import Pulse
 
+# How long a run's process may outlive its cancellation: an engine that has reported it itself is on its way out.
+OUTLIVE_SECONDS = 60.0
+
 _log = logging.getLogger("flow-agent")
 
 
 class Canceller:
-    """Polls for cancellations of the runs in the roster, and of suspended ones that were ours."""
+    """Polls for cancellations of the runs in the roster, and of suspended ones that were ours.
+
+    Owns since when live runs have been cancelled for the server: it takes a cancellation that nobody has carried out for done
+    after five minutes, whoever was away meanwhile.
+    """
 
     def __init__(
         self, backend: Backend, roster: Roster, health: ServerHealth, pulse: Pulse, *, poll: Poll, turn_seconds: float
@@ -29,6 +37,7 @@ class Canceller:
         self._health = health
         self._pulse = pulse
         self._turn_seconds = turn_seconds
+        self._over: dict[str, float] = {}  # run id -> since when we have seen it CANCELLED
         self._backoff = Backoff(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
 
     async def run(self) -> None:
@@ -52,9 +61,14 @@ class Canceller:
             return
         self._health.answered()
         self._backoff.succeeded()
+        over = {run_id for run_id, state in found.items() if not wants_cancel(state)}
+        self._over = {run_id: self._over.get(run_id, trio.current_time()) for run_id in over}
         for run_id, state in found.items():
             run = self._roster.get(run_id)
-            if run is not None:
-                run.ask_to_stop(StopReason.CANCEL, state.message or "Cancelled on request.")
-            else:
-                self._roster.cancel_suspended(run_id)
+            if run_id not in over:
+                if run is None:
+                    self._roster.cancel_suspended(run_id)
+                else:
+                    run.ask_to_stop(StopReason.CANCEL, state.message or "Cancelled on request.")
+            elif run is not None and trio.current_time() - self._over[run_id] > OUTLIVE_SECONDS:
+                run.ask_to_stop(StopReason.CANCEL, "It had been cancelled on the server and went on.")

@@ -108,6 +108,8 @@ class Ending:
                 hook = None
             match decision:
                 case Done(outcome):
+                    if outcome is Outcome.HANDED_BACK and run is not None and self._holds(run):
+                        await self._kit.teller.gone(self._id)  # the engine has handed it back itself
                     if hook is not None:
                         await self._run_hook(hook, facts, job)
                     return outcome
@@ -133,6 +135,10 @@ class Ending:
         """Reports although nothing is known of the run any more."""
         if await self._report(report):
             await self._kit.teller.bad_end(self._id, report.message)
+
+    def _holds(self, run: FlowRun) -> bool:
+        """Whether the server takes our process for that of a run that waits to be started."""
+        return run.state_type is StateType.SCHEDULED and run.infrastructure_pid == self._entry.record.where
 
     def _retried(self, decision: Decision, facts: Facts) -> Decision:
         """A crash that the user wants to have retried is no end."""
@@ -160,6 +166,7 @@ class Ending:
         )
         if scheduled:
             await self._entry.note(crash_retry=self._entry.record.stopped is None)
+            await self._kit.teller.gone(self._id)
         failpoint("before report")
         try:
             verdict = await self._kit.patience.until_answered(lambda: self._kit.backend.propose(self._id, proposal))

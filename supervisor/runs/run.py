@@ -26,7 +26,7 @@ from supervisor.lifecycle import (
     Stopping,
     StopReason,
 )
-from supervisor.lifecycle.decision import Decision, Relaunch
+from supervisor.lifecycle.decision import Decision, Relaunch, wants_cancel
 from supervisor.lifecycle.record import SUBMITTING, Record
 from supervisor.model import FlowRun, Job, Proposal, StateType
 from supervisor.process.ref import boot_id
@@ -271,8 +271,7 @@ class Run:
         )
         try:
             run = await patience.until_answered(lambda: backend.read_run(self.id))
-            wanted = run.state_type is StateType.CANCELLING or run.state_name == "Cancelling"  # the form of early 2.x
-            if wanted and run.infrastructure_pid == self._entry.record.where:
+            if run.state is not None and wants_cancel(run.state) and run.infrastructure_pid == self._entry.record.where:
                 await patience.until_answered(lambda: backend.propose(self.id, proposal))
                 self._log.info("cancelled while it was suspended")
         except (NotFound, Refused) as error:

@@ -6,6 +6,7 @@ patience: a run without one is taken for not started when somebody cancels it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -60,6 +61,11 @@ class Teller:
             _log.debug("cannot store the pid of flow run %s: %s", run_id, error)
             return str(pid)
         return where
+
+    async def gone(self, run_id: str) -> None:
+        """No process of the run lives and it will be offered again: cancelled meanwhile, it is nobody's to end."""
+        with contextlib.suppress(NotFound, Refused):
+            await self._patience.until_answered(lambda: self._backend.patch_infrastructure(run_id, None))
 
     async def ended(self, run: FlowRun, job: Job, pid: int, code: int, follows: str | None) -> None:
         """The run's process has ended."""

@@ -111,7 +111,7 @@ class RestBackend:
     async def job(self, run: FlowRun) -> Job:
         return await read_job(self._api, run, await self.generation(), environ=self._environ)
 
-    async def patch_infrastructure(self, run_id: str, pid: str) -> None:
+    async def patch_infrastructure(self, run_id: str, pid: str | None) -> None:
         await runs.patch_infrastructure(self._api, run_id, pid)
 
     async def label_run(self, run_id: str, labels: Mapping[str, str]) -> None:

@@ -10,8 +10,6 @@ from supervisor.backend.rest.wire import PAGE, WireRun, WireState, WireVerdict, 
 from supervisor.errors import NotFound
 from supervisor.model import FlowRun, Proposal, State, StateType, Verdict
 
-CANCELLING = "Cancelling"  # the name of both forms
-
 
 async def read_run(api: Api, run_id: str) -> FlowRun:
     return decode(WireRun, await api.get(f"/flow_runs/{segment(run_id)}"), "a flow run").model()
@@ -37,7 +35,7 @@ async def propose(api: Api, run_id: str, proposal: Proposal) -> Verdict:
     return decode(WireVerdict, answer, "the answer to a proposal").model()
 
 
-async def patch_infrastructure(api: Api, run_id: str, pid: str) -> None:
+async def patch_infrastructure(api: Api, run_id: str, pid: str | None) -> None:
     await api.patch(f"/flow_runs/{segment(run_id)}", {"infrastructure_pid": pid})
 
 
@@ -61,20 +59,15 @@ async def cancelling(api: Api, run_ids: Sequence[str]) -> dict[str, State]:
         body = {
             "flow_runs": {
                 "id": {"any_": ids},
-                # Either condition: today's type, or the name, under which Prefect 2 kept an older form of the wish.
-                "state": {"operator": "or_", "type": {"any_": [StateType.CANCELLING]}, "name": {"any_": [CANCELLING]}},
+                # The older form of the wish, of Prefect 2, has the type CANCELLED.
+                "state": {"type": {"any_": [StateType.CANCELLING, StateType.CANCELLED]}},
             },
             "limit": PAGE,
         }
         for run in decode(list[WireRun], await api.post("/flow_runs/filter", body), "the runs being cancelled"):
-            state = None if run.state is None else run.state.model()
-            if state is not None and _wants_cancel(state):
-                found[run.id] = state
+            if run.state is not None:
+                found[run.id] = run.state.model()
     return found
-
-
-def _wants_cancel(state: State) -> bool:
-    return state.type is StateType.CANCELLING or (state.type is StateType.CANCELLED and state.name == CANCELLING)
 
 
 def _chunks(ids: Sequence[str]) -> Iterable[list[str]]:
