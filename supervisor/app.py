@@ -45,6 +45,7 @@ from supervisor.runs.run import Run
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
 from supervisor.statedir import StateDirectory
+from supervisor.systemd.journald import Journald
 from supervisor.systemd.manager import Intent, Manager
 from supervisor.systemd.notify import Notifier, clear_environment
 from supervisor.systemd.watchdog import Watchdog
@@ -61,7 +62,7 @@ def run(config: Config, *, run_once: bool = False, hide_welcome: bool = False) -
 
     Raises `StateDirectoryHeld`, `InterpreterError` or `ConfigError` before anything has been started.
     """
-    agentlog.configure(config.agent.log_level)
+    agentlog.configure(config.agent.log_level, config.agent.log_format, journal=Journald)
     return trio.run(partial(_agent, config, run_once=run_once, hide_welcome=hide_welcome))
 
 
@@ -249,8 +250,7 @@ class _Agent:
 
     async def _keep_house(self) -> None:
         while True:
-            live = {run_.id for run_ in self._roster.all()}
-            await self._output.sweep(live)
+            await self._output.sweep({run_.id for run_ in self._roster.all()})
             await trio.sleep(SWEEP_SECONDS)
 
     def _say_goodbye(self) -> None:

@@ -69,6 +69,11 @@ class FlowRun(msgspec.Struct, frozen=True, kw_only=True):
     run_count: int = 0
 
 
+def log_extra(run: FlowRun) -> dict[str, str | None]:
+    """What log records about a run carry beside their text."""
+    return {"run": run.id, "run_name": run.name, "deployment": run.deployment_id}
+
+
 class Proposal(msgspec.Struct, frozen=True, kw_only=True):
     """A state we propose for a run. `transition_id` stays the same when the same proposal is sent again."""
 

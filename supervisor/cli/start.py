@@ -48,6 +48,9 @@ def start(
         Path | None,
         typer.Option(metavar="FILE", help="The configuration. [default: /etc/flow-agent/agent.toml, if it is there]"),
     ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="text|json", help="How the agent's own log looks. [default: text]")
+    ] = None,
     python: Annotated[
         str | None, typer.Option(metavar="COMMAND", help="The Python that runs the flows. [default: python3]")
     ] = None,
@@ -69,6 +72,7 @@ def start(
     work = _work(_queues(work_queue, work_queues), match or [], pool, tags or [])
     flags = {
         "agent.limit": limit,
+        "agent.log_format": log_format,
         "agent.name": name,
         "agent.prefetch_seconds": prefetch_seconds,
         "api.url": api,

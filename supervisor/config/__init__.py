@@ -21,6 +21,7 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     limit: int | None = None  # how many flow runs at once; None: no limit of ours
     prefetch_seconds: float = 10.0  # how long before it is due a run is taken
     log_level: str = "info"
+    log_format: str = "text"  # or "json"
     cgroup: str = "auto"  # "auto", "off", or a directory of the cgroup v2 hierarchy that is ours
 
 

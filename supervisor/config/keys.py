@@ -70,6 +70,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "state_dir": PATH,
         "log_dir": PATH,
         "log_level": Kind(check.log_level),
+        "log_format": Kind(check.one_of("text", "json")),
         "cgroup": Kind(check.cgroup),
     },
     "api": {

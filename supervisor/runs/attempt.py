@@ -14,7 +14,7 @@ from supervisor.config import Work
 from supervisor.errors import BackendError, InterpreterError, JobError, NotFound, Refused
 from supervisor.failpoints import failpoint
 from supervisor.lifecycle import Exit, Outcome, ProcessRef, Report, Running, Starting, Stopping, StopReason
-from supervisor.model import Job, StateType
+from supervisor.model import Job, StateType, log_extra
 from supervisor.process.adopt import adopt, age_seconds, find, is_engine
 from supervisor.process.members import ref_of, sweep
 from supervisor.process.ref import boot_id
@@ -168,9 +168,9 @@ class Attempt:
 
     async def _show(self, lines: Sequence[str], shown: int) -> None:
         """The run's output in our own log. Said first and noted then: only an agent that is killed in between says it again."""
-        run = self._entry.record.run
+        about = log_extra(self._entry.record.run)
         for line in lines:
-            _output_log.info("%s", line, extra={"run": run.id, "run_name": run.name})
+            _output_log.info("%s", line, extra=about)
         with trio.CancelScope(shield=True):  # an agent that leaves would have the next one say it again
             await self._entry.note(shown=shown)
 

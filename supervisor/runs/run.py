@@ -28,7 +28,7 @@ from supervisor.lifecycle import (
 )
 from supervisor.lifecycle.decision import Decision, Relaunch, wants_cancel
 from supervisor.lifecycle.record import SUBMITTING, Record
-from supervisor.model import FlowRun, Job, Proposal, StateType
+from supervisor.model import FlowRun, Job, Proposal, StateType, log_extra
 from supervisor.process.ref import boot_id
 from supervisor.process.stop import end
 from supervisor.runs.attempt import Attempt, Claimed
@@ -54,7 +54,7 @@ class Run:
         self.refused: NotOurs | None = None
         self.suspended = False
         run = record.run
-        self._log = logging.LoggerAdapter(logging.getLogger("flow-agent"), {"run": run.id, "run_name": run.name})
+        self._log = logging.LoggerAdapter(logging.getLogger("flow-agent"), log_extra(run))
         self._entry = Entry(record, kit.journal, boot_id(), self._log)
         self._wish = StopWish(record.stopped, record.why)
         self._attempt = Attempt(self._entry, self._wish, kit, work, self._log)
