@@ -75,10 +75,10 @@ class Engine:
         if verdict["status"] != "ACCEPT":
             sys.exit(f"the server does not accept RUNNING: {verdict}")
         self.hooks = wanted["hooks"]
+        leave_a_child()  # before it could inherit what we do on SIGTERM
         if NATIVE:
             signal.signal(signal.SIGTERM, self.terminated)
             self.connect()
-        leave_a_child()
         append(wanted["trace"], f"{self.run_id} {os.getpid()}")
         print(f"body of {self.run_id}", flush=True)
         if wanted["outcome"] == "is cancelled":
