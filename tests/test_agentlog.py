@@ -99,8 +99,9 @@ def stream(tmp_path: Path) -> Iterator[Stream]:
 
 
 @pytest.fixture
-def in_the_journal(listener: Listener, stream: Stream) -> None:
+def in_the_journal(listener: Listener, stream: Stream) -> logging.Handler:
     agentlog.configure("info", journal=lambda: Journald(listener.address), stream=stream, environ=stream.environ)
+    return logging.getLogger().handlers[0]
 
 
 def test_a_line_for_people_names_the_run_it_is_about() -> None:
@@ -176,9 +177,9 @@ def test_the_journal_gets_records_with_fields(listener: Listener, stream: Stream
     ["two\nlines", "a=b", "FLOW_RUN_ID=forged\nFLOW_RUN_ID=forged", "\udcff bytes", "long " * 4_000_000],
     ids=["lines", "equals", "forged", "undecodable", "too long for a datagram"],
 )
-@pytest.mark.usefixtures("in_the_journal")
-def test_any_text_arrives_as_it_is(listener: Listener, message: str) -> None:
-    logging.getLogger("flow-agent").info("%s", message)
+def test_any_text_arrives_as_it_is(listener: Listener, in_the_journal: logging.Handler, message: str) -> None:
+    # Not by a logger: what pytest captures of it could not be sent from its workers.
+    in_the_journal.handle(logging.LogRecord("flow-agent", logging.INFO, __file__, 1, "%s", (message,), None))
     fields = listener.receive()
     assert fields["MESSAGE"] == message
     assert "FLOW_RUN_ID" not in fields
