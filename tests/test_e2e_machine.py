@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from supervisor.process.cgroup import RunGroup, own_directory
+from supervisor.process.cgroup import RunGroup
 from tests.agents import AgentProcess, config_for
+from tests.groups import group_of_our_own
 from tests.invariants import check_agent, executions
 from tests.killchecks import check_history, check_processes
 from tests.killsuite import ENGINE
@@ -139,19 +138,9 @@ def scene(scene_of: Callable[[PrefectServer], Scene], server_3: PrefectServer) -
 
 @pytest.fixture
 def service() -> Iterator[Path]:
-    """A real control group named like a service's, removed with all that is in it."""
-    here = own_directory(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-    if here is None or not os.access(here, os.W_OK) or not os.access(here / "cgroup.procs", os.W_OK):
-        pytest.skip("needs root or a delegated cgroup v2")
-    path = here / f"fa-test-{uuid.uuid4()}.service"
-    path.mkdir()
-    everything = RunGroup(path, path)
-    try:
+    """A real control group named like a service's."""
+    with group_of_our_own(".service") as path:
         yield path
-    finally:
-        everything.kill()
-        trio.run(everything.wait_empty)
-        assert everything.remove()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from supervisor.process.environ import MARK
 from supervisor.process.launch import Child, launch
 from supervisor.process.ref import alive
 from supervisor.process.stop import end
+from tests.groups import group_of_our_own, need_groups
 from tests.waiting import wait_until
 
 # --- where we are -----------------------------------------------------------------------------------------------------
@@ -66,19 +66,9 @@ def test_a_folder_that_is_ours_like_all_around_it_is_not_taken_for_delegated(tmp
 
 @pytest.fixture
 def top() -> Iterator[Path]:
-    """A real group to play in, removed with all that is in it."""
-    here = own_directory(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-    if here is None or not os.access(here, os.W_OK) or not os.access(here / "cgroup.procs", os.W_OK):
-        pytest.skip("needs root or a delegated cgroup v2")
-    path = here / f"fa-test-{uuid.uuid4()}"
-    path.mkdir()
-    everything = RunGroup(path, path)
-    try:
+    """A real group to play in."""
+    with group_of_our_own() as path:
         yield path
-    finally:
-        everything.kill()
-        trio.run(everything.wait_empty)
-        assert everything.remove()
 
 
 AGENT = """
@@ -146,8 +136,7 @@ def test_everything_that_was_in_the_delegated_group_moves_with_the_agent(top: Pa
 
 
 def test_a_group_of_ours_below_somebody_elses_is_used_without_being_root(top: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root or a delegated cgroup v2")
+    need_groups(possible=os.geteuid() == 0)
     for path in (top, top / "cgroup.procs", top / "cgroup.subtree_control"):
         os.chown(path, 65534, 65534)
     assert agent_in(top, user=65534) == (str(top), "supervisor", [])

@@ -17,12 +17,13 @@ import trio
 
 from supervisor.lifecycle import ProcessRef
 from supervisor.process.brand import brand, brand_of
-from supervisor.process.cgroup import Cgroups, RunGroup, own_directory
+from supervisor.process.cgroup import Cgroups, RunGroup
 from supervisor.process.environ import MARK
 from supervisor.process.launch import Child, launch
 from supervisor.process.members import members
 from supervisor.process.ref import alive, identify
 from supervisor.process.stop import end, end_leftovers
+from tests.groups import group_of_our_own
 from tests.waiting import wait_until
 
 # A process writes its name into the book once it is what it is meant to be. Nobody leaves the zoo by himself.
@@ -180,20 +181,11 @@ def cgroups(request: pytest.FixtureRequest) -> Iterator[Cgroups | None]:
     if request.param == "without":
         yield None
         return
-    top = own_directory(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-    if top is None or not os.access(top, os.W_OK) or not os.access(top / "cgroup.procs", os.W_OK):
-        pytest.skip("needs root or a delegated cgroup v2")
-    path = top / f"fa-test-{uuid.uuid4()}"
-    groups = Cgroups.find(str(path))
-    assert groups is not None
-    (path / "escape").mkdir()
-    try:
+    with group_of_our_own() as path:
+        groups = Cgroups.find(str(path))
+        assert groups is not None
+        (path / "escape").mkdir()
         yield groups
-    finally:
-        everything = RunGroup(path, path)
-        everything.kill()
-        trio.run(everything.wait_empty)
-        assert everything.remove()
 
 
 def visit(zoo: Zoo, guide: Callable[[Zoo], Awaitable[None]]) -> None:
