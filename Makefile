@@ -14,8 +14,8 @@ SHELL := /bin/bash
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
 DEMO := 3.8.8
-# One test a core: more of them at once would only make each other late.
-JOBS ?= $(shell nproc)
+# One more than cores: half of a test is waiting for a server or an engine.
+JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.idle_memory
 
-envs: $(VENV)/.installed  # two at a time: pip unpacks with one core each
+envs: $(VENV)/.dev  # two at a time: some of it is waiting for the network
 	@printf '%s\n' $(SERVERS) $(ENGINES) | xargs -P 2 -n 1 $(VENV)/bin/python tests/envs.py >/dev/null
 
 # An older pip does not know dependency groups, so a new one comes first.

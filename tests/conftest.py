@@ -20,9 +20,9 @@ import trio.testing
 
 from tests import envs
 from tests.agents import AgentProcess, config_for
+from tests.releases import VERSIONS
 from tests.servers import Api, PrefectServer, processes_with
 
-VERSIONS = {"prefect-3.8": "3.8.8", "prefect-2.20": "2.20.26"}
 _SESSION = Path(tempfile.mkdtemp(prefix="fat-"))
 os.environ["TMPDIR"] = tempfile.tempdir = str(_SESSION)
 

@@ -47,10 +47,33 @@ def interpreter(version: str) -> Path:
         print(f"installing prefect {version} into {home} (once)", file=sys.stderr, flush=True)
         shutil.rmtree(home, ignore_errors=True)
         venv.EnvBuilder(with_pip=True, symlinks=True).create(home)
-        pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
-        subprocess.run([*pip, "--constraint", CONSTRAINTS, f"prefect=={version}"], check=True, stdout=sys.stderr)
+        install(python, "--constraint", str(CONSTRAINTS), f"prefect=={version}")
         done.touch()
     return python
+
+
+def install(python: Path, *what: str) -> None:
+    """Installs into the environment of that interpreter: with uv, four times as fast, where it is there and can; else with pip.
+
+    uv does not read pip's configuration, so where packages come from a place that is named there, it is pip that can.
+    """
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent))
+    if uv is not None:
+        options = [
+            "--quiet",
+            "--no-config",
+            "--compile-bytecode",
+            "--cache-dir",
+            str(cache() / "uv"),
+            "--python",
+            str(python),
+        ]
+        settings = {**os.environ, "UV_SYSTEM_CERTS": "1"}  # pip trusts them, too
+        if subprocess.run([uv, "pip", "install", *options, *what], check=False, env=settings).returncode == 0:
+            return
+        print("uv cannot install that; trying pip", file=sys.stderr, flush=True)
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
+    subprocess.run([*pip, *what], check=True, stdout=sys.stderr)
 
 
 def main(versions: list[str]) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.agents import AgentProcess
 from tests.faultserver import Delay, ThreadedFaultServer, fault_server_thread, on
+from tests.releases import with_one_release
 from tests.servers import Api, PrefectServer
 from tests.waiting import SLOWEST, lines, wait_until
 
@@ -210,6 +211,7 @@ def test_a_run_that_ignores_the_signal_is_killed_when_its_grace_is_over(
     assert "outlived the grace of 3 s" in agent.log()
 
 
+@with_one_release
 def test_a_command_that_is_no_engine_is_cancelled_like_one(
     prefect_server: PrefectServer, api: Api, agent_process: StartAgent, start_run: Callable[..., str], pool: str
 ) -> None:
@@ -222,6 +224,7 @@ def test_a_command_that_is_no_engine_is_cancelled_like_one(
     wait_gone(agent)
 
 
+@with_one_release
 def test_a_draining_agent_still_cancels(
     prefect_server: PrefectServer,
     api: Api,
@@ -240,6 +243,7 @@ def test_a_draining_agent_still_cancels(
     assert api.read_run(run)["state_name"] == "Cancelled"
 
 
+@with_one_release
 def test_a_run_that_takes_too_long_is_cancelled_with_that_reason(
     prefect_server: PrefectServer,
     api: Api,

@@ -14,6 +14,7 @@ import pytest
 from tests.agents import RUN_MARK, AgentProcess
 from tests.faultserver import Fault, Refuse, Rule, Status, ThreadedFaultServer, fault_server_thread, html, on
 from tests.invariants import BACK, LOST, REFUSED, check_agent, check_runs, executions, lines
+from tests.releases import with_one_release
 from tests.servers import Api, PrefectServer, processes_with
 from tests.waiting import wait_until
 
@@ -74,6 +75,7 @@ def check_said_once(agent: AgentProcess, times: int = 1) -> None:
     assert said == [LOST, BACK] * times, agent.log()
 
 
+@with_one_release
 def test_an_agent_started_without_its_server_waits_for_it(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
 ) -> None:
@@ -240,6 +242,7 @@ def test_a_killed_server_costs_no_run_its_right_end(
 
 
 @pytest.mark.parametrize("tables", [1, 2], ids=["in-one-table", "in-two-tables"])
+@with_one_release
 def test_one_failing_queue_stops_no_other(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path, tables: int
 ) -> None:
@@ -259,6 +262,7 @@ def test_one_failing_queue_stops_no_other(
     assert len(lines(agent, BACK)) <= 1, agent.log()
 
 
+@with_one_release
 def test_a_pause_is_said_once_and_its_runs_start_when_it_is_over(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.agents import AgentProcess
+from tests.releases import with_one_release
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until
 
@@ -147,6 +148,7 @@ def test_a_flow_sees_a_clean_environment_and_a_private_directory(
     wait_until(lambda: not Path(found["cwd"]).exists(), 15, "its private directory is removed")
 
 
+@with_one_release
 def test_a_configured_working_directory_is_used_and_kept(
     prefect_server: PrefectServer, api: Api, agent_process: StartAgent, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_configured_working_directory_is_used_and_kept(
     assert "no such directory" in ended["state"]["message"]
 
 
+@with_one_release
 def test_no_more_runs_at_once_than_the_limits_and_a_freed_slot_is_used_at_once(
     prefect_server: PrefectServer, api: Api, agent_process: StartAgent, tmp_path: Path
 ) -> None:
@@ -186,6 +189,7 @@ def test_no_more_runs_at_once_than_the_limits_and_a_freed_slot_is_used_at_once(
     assert len(lines(tmp_path / "seen")) == 5 * 3  # three starts each; none was polled for every 30 s
 
 
+@with_one_release
 def test_run_once_takes_what_is_due_waits_for_it_and_ends(
     prefect_server: PrefectServer, api: Api, agent_process: StartAgent
 ) -> None:
