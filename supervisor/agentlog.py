@@ -44,7 +44,9 @@ def configure(
     if by_manager and form == "text" and journal is not None:
         handler = _Records(journal(), handler)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    before, root.handlers[:] = root.handlers[:], [handler]
+    for old in before:
+        old.close()
     root.setLevel(level.upper())
     # Every request would be a line at INFO.
     for chatty in ("httpx", "httpcore"):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
-import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from functools import partial
 
 import trio
 
-from supervisor import __version__, agentlog
-from supervisor.backend.base import Backend
+from supervisor import __version__, agentlog, frozen
 from supervisor.backend.http import HttpApi
 from supervisor.backend.rest.client import RestBackend
-from supervisor.config import Config, Work
+from supervisor.config import Config, Credentials, Work
 from supervisor.config.secrets import credentials, flow_secrets
 from supervisor.journal import Journal
 from supervisor.lifecycle.record import Record
@@ -34,19 +33,22 @@ from supervisor.runs.departure import Departure, exit_status
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.heartbeat import Heartbeat
 from supervisor.runs.kit import Kit
-from supervisor.runs.ladder import Ladder, Rung
 from supervisor.runs.late import LateClaims
 from supervisor.runs.launcher import Launcher
 from supervisor.runs.patience import Patience
 from supervisor.runs.poller import Poller, turn_seconds
+from supervisor.runs.pollers import Pollers
 from supervisor.runs.recovery import Recovery
+from supervisor.runs.reload import Reload, check_interpreters
 from supervisor.runs.roster import Roster
 from supervisor.runs.run import Run
+from supervisor.runs.signals import Signals
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
 from supervisor.statedir import StateDirectory
+from supervisor.systemd import stacks
 from supervisor.systemd.journald import Journald
-from supervisor.systemd.manager import Intent, Manager
+from supervisor.systemd.manager import Manager
 from supervisor.systemd.notify import Notifier, clear_environment
 from supervisor.systemd.watchdog import Watchdog
 
@@ -57,23 +59,31 @@ BEAT_SECONDS = 5.0  # how often the run loop shows that it is alive
 _log = logging.getLogger("flow-agent")
 
 
-def run(config: Config, *, run_once: bool = False, hide_welcome: bool = False) -> int:
+def run(config: Config, reread: Callable[[], Config], *, run_once: bool = False, hide_welcome: bool = False) -> int:
     """Runs the agent until it is told to stop; returns its exit status.
 
-    Raises `StateDirectoryHeld`, `InterpreterError` or `ConfigError` before anything has been started.
+    `reread` reads the configuration again, as `config` was read, when the agent is told to reload. Raises
+    `StateDirectoryHeld`, `InterpreterError` or `ConfigError` before anything has been started.
     """
+    faulthandler.enable()  # what the watchdog's SIGABRT finds, even where nothing of ours can say it any more
+    _configure_log(config)
+    frozen.guard()
+    return trio.run(partial(_agent, config, reread, run_once=run_once, hide_welcome=hide_welcome))
+
+
+def _configure_log(config: Config) -> None:
     agentlog.configure(config.agent.log_level, config.agent.log_format, journal=Journald)
-    return trio.run(partial(_agent, config, run_once=run_once, hide_welcome=hide_welcome))
 
 
 @asynccontextmanager
-async def connect(config: Config) -> AsyncIterator[Backend]:
-    """A backend for the configured server. Opens no connection before the first call."""
-    async with HttpApi.open(config.api, lambda: credentials(config.api, os.environ)) as api:
-        yield RestBackend(api, inherited(os.environ, config.flows.pass_env))
+async def connect(current: Callable[[], Config]) -> AsyncIterator[tuple[HttpApi, RestBackend]]:
+    """The way to the server of the configuration in force. Opens no connection before the first call."""
+    api, flows = current().api, current().flows
+    async with HttpApi.open(api, lambda: credentials(current().api, os.environ)) as http:
+        yield http, RestBackend(http, inherited(os.environ, flows.pass_env))
 
 
-async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:
+async def _agent(config: Config, reread: Callable[[], Config], *, run_once: bool, hide_welcome: bool) -> int:
     notifier = Notifier.from_environ(os.environ)
     watchdog = Watchdog.from_environ(notifier, os.environ)
     manager = Manager.from_environ(os.environ)
@@ -81,30 +91,29 @@ async def _agent(config: Config, *, run_once: bool, hide_welcome: bool) -> int:
     become_subreaper()
     cgroups = Cgroups.find(config.agent.cgroup)
     interpreters = Interpreters()
+    # With questions of its own: one that hangs must not keep runs from being started meanwhile.
+    reload = Reload(config, reread, Interpreters(), notifier)
     with StateDirectory(config.agent.state_dir, name=config.agent.name) as state:
-        await _check_interpreters(config, interpreters)
+        with watchdog.starting():
+            await check_interpreters(config, interpreters)
         with closing(Journal.open(state.path / JOURNAL)) as journal:
-            async with connect(config) as backend:
-                agent = _Agent(config, backend, state, journal, interpreters, notifier, watchdog, manager, cgroups)
+            async with connect(lambda: reload.config) as (http, backend):
+                agent = _Agent(
+                    reload, http, backend, state, journal, interpreters, notifier, watchdog, manager, cgroups
+                )
                 if not hide_welcome:
                     agent.welcome()
                 return await agent.work(run_once=run_once)
 
 
-async def _check_interpreters(config: Config, interpreters: Interpreters) -> None:
-    """Raises `InterpreterError` now rather than failing every run later."""
-    for flows in {work.flows.python: work.flows for work in config.work if work.flows.command is None}.values():
-        found = await interpreters.get(flows.python)
-        _log.debug("%s has Prefect %s", found.python, found.prefect_version)
-
-
 class _Agent:
-    """The rooms of one running agent. Owns how far the signals have pushed it."""
+    """The rooms of one running agent, and who is told when the configuration changes."""
 
     def __init__(
         self,
-        config: Config,
-        backend: Backend,
+        reload: Reload,
+        http: HttpApi,
+        backend: RestBackend,
         state: StateDirectory,
         journal: Journal,
         interpreters: Interpreters,
@@ -113,25 +122,26 @@ class _Agent:
         manager: Manager,
         cgroups: Cgroups | None,
     ) -> None:
-        poll = config.poll
-        self._config = config
+        config, poll = reload.config, reload.config.poll
+        self._reload = reload
+        self._http = http
+        self._backend = backend
         self._state = state
         self._journal = journal
         self._notifier = notifier
         self._watchdog = watchdog
         self._manager = manager
-        self._ladder = Ladder()
         self._departure: Departure | None = None
         self._health = ServerHealth(config.api.url)
         self._channel = ControlChannel()
         self._output = OutputKeeper(config.agent.log_dir, config.output)
-        patience = Patience(poll, self._health)
+        self._patience = patience = Patience(poll, self._health)
         teller = Teller(backend, patience, worker=config.agent.name, version=__version__)
         self._late = LateClaims(backend, patience)
         self._cgroups = cgroups
         launcher = Launcher(
             api_url=config.api.url,
-            secrets=lambda: flow_secrets(config, os.environ),
+            secrets=lambda: flow_secrets(reload.config, os.environ),
             worker=config.agent.name,
             state_dir=state.path,
             work_dir=state.work,
@@ -160,40 +170,62 @@ class _Agent:
 
         self._roster = Roster(config.agent.limit, new_run, room=lambda: not journal.full)
         self._recovery = Recovery(self._roster, earlier_run, config.work, config.flows, kit)
-        sources = [Source(work, backend) for work in config.work]
-        self._pollers = [
-            Poller(
-                source,
+
+        def new_poller(work: Work) -> Poller:
+            return Poller(
+                Source(work, backend),
                 self._roster,
                 self._health,
-                watchdog.pulse(f"poll of {source}"),
-                poll=poll,
-                prefetch_seconds=config.agent.prefetch_seconds,
-                turn_seconds=turn_seconds(source.work, config.api.timeout_seconds),
+                watchdog.pulse(f"poll of {work}"),
+                poll=reload.config.poll,
+                prefetch_seconds=reload.config.agent.prefetch_seconds,
+                turn_seconds=turn_seconds(work, config.api.timeout_seconds),
             )
-            for source in sources
-        ]
+
+        self._pollers = Pollers(config.work, new_poller)
         self._canceller = Canceller(
             backend,
             self._roster,
             self._health,
             watchdog.pulse("poll for cancellations"),
             poll=poll,
-            turn_seconds=config.api.timeout_seconds * 2 * (1 + len(sources)),
+            turn_seconds=self._cancel_turn(config),
         )
+        sources = self._pollers.sources
         self._heartbeat = Heartbeat(backend, sources, teller, self._health, worker=config.agent.name, poll=poll)
 
     def welcome(self) -> None:
         """Says who started and where it looks for work."""
-        name, url = self._config.agent.name, self._config.api.url
-        _log.info("flow-agent %s '%s' connected to %s", __version__, name, url)
-        for work in self._config.work:
+        config = self._reload.config
+        _log.info("flow-agent %s '%s' connected to %s", __version__, config.agent.name, config.api.url)
+        for work in config.work:
             _log.info("looking for work from %s", work)
+
+    @staticmethod
+    def _cancel_turn(config: Config) -> float:
+        return config.api.timeout_seconds * 2 * (1 + len(config.work))
 
     def describe(self) -> str:
         """The status line."""
-        doing = f"{self._departure.doing}: " if self._departure is not None and self._departure.doing else ""
-        return f"{doing}{self._roster.describe()}, {self._health.describe()}"
+        doing = self._departure.describe() if self._departure is not None else ""
+        left = f"; {self._reload.describe()}" if self._reload.describe() else ""
+        return f"{doing or self._roster.describe()}, {self._health.describe()}{left}"
+
+    def use(self, config: Config, secrets: Credentials | None) -> None:
+        """Hands another configuration to everybody whom it concerns. Runs that are live keep what they began with."""
+        poll = config.poll
+        _configure_log(config)
+        if secrets is not None:
+            self._http.renew(secrets)
+        self._backend.use(inherited(os.environ, config.flows.pass_env))
+        self._roster.use(config.agent.limit)
+        self._patience.use(poll)
+        self._pollers.use(config.work, poll, config.agent.prefetch_seconds)
+        self._canceller.use(poll, self._cancel_turn(config))
+        self._heartbeat.use(self._pollers.sources, poll)
+        self._output.use(config.output)
+        if self._departure is not None:
+            self._departure.use(config.stop)
 
     async def work(self, *, run_once: bool) -> int:
         """Everything the agent does between its start and its end. The indentation is the order of shutdown."""
@@ -202,29 +234,33 @@ class _Agent:
             await services.start(self._channel.serve)
             for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat, self._late.run):
                 services.start_soon(service)
-            for keeper in (self._journal.run, self._keep_house, reap_strangers):
+            for keeper in (self._journal.run, self._keep_house, reap_strangers, stacks.on_request):
                 services.start_soon(keeper)
             services.start_soon(self._notifier.run_status, self.describe)
             async with trio.open_nursery() as runs:
                 self._roster.open(runs)
-                self._go_on(runs)
+                self._recover(runs)
                 async with trio.open_nursery() as polls:
                     departure = Departure(
                         self._roster,
-                        self._config.stop,
+                        self._reload.config.stop,
                         polls.cancel_scope,
                         runs.cancel_scope,
                         lambda: self._health.lost,
+                        self._manager.intent,
                     )
                     self._departure = departure
                     services.start_soon(departure.leave_debts)
-                    await services.start(self._signals, departure, services)
+                    services.start_soon(self._watchdog.ask_for_time, departure.in_time, departure.going)
+                    signals = Signals(self._manager, departure, self._reload.ask)
+                    await services.start(signals.run)
                     self._notifier.ready(self.describe())
+                    polls.start_soon(self._reload.run, self.use, self.describe)
                     if run_once:
-                        asked = all([await poller.poll_once() for poller in self._pollers])
+                        asked = await self._pollers.poll_once()
+                        polls.cancel_scope.cancel()
                     else:
-                        for poller in self._pollers:
-                            polls.start_soon(poller.run)
+                        await self._pollers.run()
                 # No new runs from here on.
                 self._watchdog.dismiss("poll of ")
                 self._notifier.stopping(self.describe())
@@ -232,21 +268,13 @@ class _Agent:
             await self._heartbeat.sign_off()
             services.cancel_scope.cancel()
         self._say_goodbye()
-        return exit_status(self._ladder.rung, asked)
+        return exit_status(signals.rung, asked)
 
-    def _go_on(self, runs: trio.Nursery) -> None:
-        """With what an earlier agent has left, before anything new is asked for."""
-        records = self._journal.open_records()
-        self._recovery.take(records)
+    def _recover(self, runs: trio.Nursery) -> None:
+        """Goes on with what an earlier agent has left, before anything new is asked for."""
+        groups = () if self._cgroups is None else self._cgroups.runs()
         marked = marked_runs(self._state.path)
-        known = {record.run.id for record in records}
-        # With a sound journal everything that bears our mark is in it.
-        if lost := {run_id: ref for run_id, ref in marked.items() if run_id not in known}:
-            runs.start_soon(self._recovery.take_marked, lost)
-        open_runs = known | marked.keys()
-        self._state.sweep(keep=open_runs)
-        if self._cgroups is not None:
-            runs.start_soon(self._recovery.clear_groups, set(self._cgroups.runs()) - open_runs)
+        self._state.sweep(keep=self._recovery.begin(runs, self._journal.open_records(), marked, groups))
 
     async def _keep_house(self) -> None:
         while True:
@@ -263,38 +291,3 @@ class _Agent:
         while True:
             pulse.expect(BEAT_SECONDS * 3)
             await trio.sleep(BEAT_SECONDS)
-
-    # --- signals -----------------------------------------------------------------------------------------------------
-
-    async def _signals(
-        self,
-        departure: Departure,
-        services: trio.Nursery,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-        with trio.open_signal_receiver(*signals) as arriving:
-            task_status.started()
-            async for signum in arriving:
-                if signum == signal.SIGHUP:
-                    _log.warning("SIGHUP: this version cannot reload its configuration; restart it instead")
-                    continue
-                rung, name = self._ladder.push(signum, trio.current_time()), signal.Signals(signum).name
-                if rung is Rung.DRAIN:
-                    services.start_soon(self._depart, departure, name)
-                elif rung is Rung.CANCEL:
-                    departure.cancel_all(name)
-                elif rung is Rung.KILL:
-                    departure.kill_all(name)
-
-    async def _depart(self, departure: Departure, name: str) -> None:
-        """The first signal to stop: what it means depends on what systemd is about to do with us."""
-        stop = self._config.stop
-        match await self._manager.intent():
-            case Intent.SHUTDOWN:
-                await departure.shut_down(name)
-            case Intent.RESTART:
-                await departure.act(stop.on_restart, name)
-            case Intent.STOP:
-                await departure.act(stop.on_stop, name)

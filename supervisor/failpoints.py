@@ -1,13 +1,15 @@
 """Places where a test can have the agent die by SIGKILL, to prove that whatever it was doing is made good afterwards.
 
 Armed by one environment variable that nothing else reads and no flow inherits: `FAILPOINT=NAME` dies the first time that
-place is reached, `FAILPOINT=NAME:3` the third time. Unset, as always outside the kill suite, a failpoint is one comparison.
+place is reached, `FAILPOINT=NAME:3` the third time; `FAILPOINT=NAME:hang` blocks the event loop there for ever, to prove
+what the watchdog does. Unset, as always outside of such tests, a failpoint is one comparison.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 VARIABLE = "FAILPOINT"
 
@@ -37,14 +39,17 @@ STEPS = (
 )
 FAILPOINTS = tuple(f"{when} {step}" for step in STEPS for when in ("before", "after"))
 
-_name, _, _count = os.environ.get(VARIABLE, "").partition(":")
-_left = int(_count or 1)
+_name, _, _how = os.environ.get(VARIABLE, "").partition(":")
+_hangs = _how == "hang"
+_left = 1 if _hangs else int(_how or 1)
 
 
 def failpoint(name: str) -> None:
-    """Dies here when this is the armed place."""
+    """Dies or hangs here when this is the armed place."""
     if name == _name:
         global _left
         _left -= 1
+        while _left == 0 and _hangs:
+            time.sleep(3600)
         if _left == 0:
             signal.raise_signal(signal.SIGKILL)

@@ -15,9 +15,9 @@ import msgspec
 import trio
 import trio.testing
 
-from supervisor.config import Flows, Work
+from supervisor.config import Flows, Poll, Work
 from supervisor.errors import BackendError, NotFound
-from supervisor.lifecycle import Phase
+from supervisor.lifecycle import Outcome, Phase, StopReason
 from supervisor.lifecycle.record import Record
 from supervisor.model import (
     Answer,
@@ -33,6 +33,11 @@ from supervisor.model import (
     StateType,
     Verdict,
 )
+from supervisor.runs.claim import NotOurs
+from supervisor.runs.health import ServerHealth
+from supervisor.runs.poller import Poller
+from supervisor.runs.roster import Roster
+from supervisor.runs.sources import Source
 
 
 def on_jumping_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -337,3 +342,64 @@ class FakeBackend:
     ) -> str | None:
         await self._call("emit", event)
         return str(uuid4())
+
+
+# --- a roster of runs that are nothing but time ---------------------------------------------------------------------------
+
+
+class QuietPulse:
+    """A pulse that nobody watches."""
+
+    def expect(self, within: float | None) -> None:
+        self.within = within
+
+
+class ShortRun:
+    """Lives as long as the test says."""
+
+    def __init__(self, offered: FlowRun, source: Source, seconds: float, refused: NotOurs | None = None) -> None:
+        self.id = offered.id
+        self.deployment_id = offered.deployment_id
+        self.work = source.work
+        self.refused = refused
+        self.suspended = False
+        self.asked: list[tuple[StopReason, str]] = []
+        self._seconds = seconds
+
+    async def live(self) -> Outcome:
+        await trio.sleep(self._seconds)
+        return Outcome.NOT_OURS if self.refused else Outcome.FINISHED
+
+    def ask_to_stop(self, reason: StopReason, why: str, *, hurry: bool = False) -> None:
+        self.asked.append((reason, why))
+
+    async def cancel_suspended(self) -> None:
+        self.asked.append((StopReason.CANCEL, "suspended"))
+
+
+Starter = Callable[[FlowRun, Source], ShortRun]
+
+
+def roster_of(limit: int | None, start: Starter) -> Roster:
+    return Roster(limit, start)  # type: ignore[arg-type]
+
+
+def poller_of(source: Source, roster: Roster, **poll: float) -> Poller:
+    return Poller(
+        source,
+        roster,
+        ServerHealth("http://server/api"),
+        QuietPulse(),  # type: ignore[arg-type]
+        poll=Poll(jitter=0.0, **poll),
+        prefetch_seconds=10.0,
+        turn_seconds=100.0,
+    )
+
+
+def lives(seconds: float, started: list[tuple[str, float]] | None = None) -> Starter:
+    def start(offered: FlowRun, source: Source) -> ShortRun:
+        if started is not None:
+            started.append((offered.id, trio.current_time()))
+        return ShortRun(offered, source, seconds)
+
+    return start

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ class FakeApp(types.ModuleType):
         self.runs: list[tuple[Config, bool, bool]] = []
         self.ends_with: int | Exception = 0
 
-    def run(self, config: Config, *, run_once: bool = False, hide_welcome: bool = False) -> int:
+    def run(
+        self, config: Config, reread: Callable[[], Config], *, run_once: bool = False, hide_welcome: bool = False
+    ) -> int:
         self.runs.append((config, run_once, hide_welcome))
+        self.reread = reread
         if isinstance(self.ends_with, Exception):
             raise self.ends_with
         return self.ends_with
@@ -100,6 +103,28 @@ def test_start_takes_its_work_from_the_file_until_flags_name_some(agent: FakeApp
     assert agent.runs[-1][1:] == (False, True)
     assert flow_agent("start", "--config", "agent.toml", "-m", "dev-", "-m", "ops-").exit_code == 0
     assert (agent.work.pool, agent.work.match, agent.runs[-1][0].agent.limit) == (None, ("dev-", "ops-"), 7)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by a flag", "by the environment"])
+def test_the_configuration_is_read_again_from_the_same_file_with_the_same_flags_and_variables(
+    agent: FakeApp, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path("agent.toml" if named else "idle.toml")
+    monkeypatch.setenv("FLOW_AGENT_POLL_JITTER", "0.25")
+    work = [] if named else ["--pool", "of-the-flags"]
+    assert flow_agent("start", *(["--config", "agent.toml"] if named else []), *work, "-l", "4").exit_code == 0
+    assert agent.reread() == agent.runs[-1][0]
+    # What the agent does to its own environment meanwhile does not count.
+    for name in ("FLOW_AGENT_POLL_JITTER", "FLOW_AGENT_CONFIG"):
+        monkeypatch.delenv(name)
+    file.write_text("[agent]\nlimit = 9\nprefetch_seconds = 3\n[[work]]\npool = 'new'\n")
+    config = agent.reread()
+    assert (config.agent.limit, config.agent.prefetch_seconds, config.poll.jitter) == (4, 3.0, 0.25)
+    assert [one.pool for one in config.work] == ["new" if named else "of-the-flags"]
+    # The flags would do for a configuration without a file, but it is not what was asked for.
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot read it"):
+        agent.reread()
 
 
 @pytest.mark.parametrize("queue", ["old", UUID])
@@ -172,6 +197,17 @@ def test_check_says_ok_and_warns(agent: FakeApp) -> None:
     ]
 
 
+def test_a_quiet_check_says_only_what_is_unwise_or_wrong(agent: FakeApp) -> None:
+    result = flow_agent("check", "--quiet", "--config", "agent.toml", "--api", "http://x/api")
+    assert (result.exit_code, result.output) == (0, "")
+    result = flow_agent("check", "--quiet", "--config", "agent.toml", "--api", "http://x")
+    assert (result.exit_code, result.stdout.count("\n")) == (0, 1)
+    assert result.stdout.startswith("warning: api.url: ")
+    result = flow_agent("check", "--quiet")
+    assert (result.exit_code, result.stdout) == (78, "")
+    assert "idle.toml: cannot tell what to work on" in result.stderr
+
+
 def test_check_exits_78_when_no_work_is_named(agent: FakeApp) -> None:
     result = flow_agent("check")
     assert (result.exit_code, result.stdout) == (78, "")
@@ -195,7 +231,7 @@ def test_a_cheap_command_imports_nothing_heavy() -> None:
     assert not {"trio", "httpx", "rich", "msgspec", "psutil", "tomli"} & set(loaded)
 
 
-@pytest.mark.parametrize("command", ["start", "check", "version", "demo"])
+@pytest.mark.parametrize("command", ["start", "check", "runs", "install", "version", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     result = flow_agent(command, "--help")
     assert result.exit_code == 0
@@ -210,9 +246,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "NO_PROXY": "127.0.0.1", **more}
 
 
-def check_server(port: int) -> subprocess.Popen[str]:
+def check_server(port: int, *more: str) -> subprocess.Popen[str]:
     """`flow-agent check --server` against that port, started."""
-    arguments = ["check", "--server", "--api", f"http://127.0.0.1:{port}/api"]
+    arguments = ["check", "--server", "--api", f"http://127.0.0.1:{port}/api", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "supervisor", *arguments],
         env=environment(FLOW_AGENT_WORK_POOL="p", FLOW_AGENT_FLOWS_PYTHON=sys.executable),
@@ -235,6 +271,15 @@ def test_check_of_a_server_that_is_away_says_so_in_a_table_and_exits_1() -> None
         "pool 'p'",
         "flows' python",
     ]
+
+
+def test_a_quiet_check_of_a_server_that_is_away_shows_the_table_all_the_same() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with check_server(closed.getsockname()[1], "--quiet") as process:
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")
+    assert out.split()[:3] == ["WHAT", "FOUND", "VERDICT"]
 
 
 def test_ctrl_c_ends_a_check_with_130_and_no_traceback() -> None:

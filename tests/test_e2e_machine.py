@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from supervisor.failpoints import VARIABLE
 from supervisor.process.cgroup import RunGroup
 from tests.agents import AgentProcess, config_for
 from tests.groups import group_of_our_own
@@ -166,7 +168,7 @@ def test_a_run_that_ends_before_the_machine_does_is_let_to(scene: Scene, going_d
     run = scene.create_run(held=True)
     scene.wait_begun(run)
     scene.agent.send(signal.SIGTERM)
-    scene.wait_status("machine going down: 1 running")
+    scene.wait_status("machine going down: 1 live run, ")
     scene.agent.wait_for_log("the machine is going down; 1 live run(s) have 600 s")
     scene.let_go()
     assert scene.agent.wait() == 0
@@ -208,6 +210,22 @@ def test_a_run_that_outlasts_the_machine_is_handed_back_by_word_to_its_engine_an
     check_agent(scene.agent)
 
 
+def test_a_machine_that_goes_down_in_the_middle_of_a_drain_does_not_wait_for_it(scene: Scene, tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs"
+    jobs.touch()
+    env = systemd_that(f"case \"$*\" in *list-jobs*) cat '{jobs}';; *) echo running;; esac", tmp_path)
+    scene.start(env=env, stop={"shutdown_timeout_seconds": 0.5})
+    run = scene.create_run(held=True)
+    scene.wait_begun(run)
+    scene.agent.send(signal.SIGTERM)
+    scene.wait_status("draining: 1 live run, 2")  # 25 or 24 min
+    assert scene.agent.notify.lines("EXTEND_TIMEOUT_USEC")
+    jobs.write_text(REBOOT)
+    scene.agent.wait_for_log("the stop has become a shutdown")
+    assert scene.agent.wait() == 0
+    scene.check(run, "CRASHED")
+
+
 # --- the service is restarted ----------------------------------------------------------------------------------------
 
 
@@ -230,6 +248,34 @@ def test_a_restart_of_the_service_leaves_the_run_in_its_group_and_the_next_agent
     wait_until(lambda: not (service / "runs" / run).exists(), 15, "the group is gone", more=scene.agent.log)
     scene.check(run, "COMPLETED")
     check_agent(scene.agent)
+
+
+# --- the agent hangs -------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_that_hangs_says_where_and_its_run_goes_on_without_it(scene: Scene) -> None:
+    scene.start(env={"WATCHDOG_USEC": "3000000", VARIABLE: "after pid:hang"})
+    run = scene.create_run(held=True)
+    pid = scene.wait_begun(run)
+    scene.agent.wait_for_log("the event loop has stood still")  # and systemd has heard nothing for as long
+    scene.agent.send(signal.SIGUSR1)
+    scene.agent.wait_for_log("SIGUSR1: where every task stands")
+    for place in (
+        r"supervisor/failpoints\.py:\d+ failpoint",
+        r"supervisor/runs/poller\.py:\d+ Poller\.run",
+        f"- run {run}",
+    ):
+        assert len(re.findall(place, scene.agent.log())) == 2, scene.agent.log()
+    scene.agent.send(signal.SIGABRT)  # systemd's next word
+    assert scene.agent.wait(20) == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in scene.agent.log()
+    assert alive(pid)
+    del scene.agent.env[VARIABLE]
+    scene.agent.start()
+    scene.agent.wait_for_log(f"still running as process {pid}")
+    scene.let_go()
+    scene.api.wait_for_state(run, "COMPLETED")
+    scene.check(run, "COMPLETED")
 
 
 # --- control groups --------------------------------------------------------------------------------------------------

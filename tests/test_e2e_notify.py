@@ -19,13 +19,13 @@ from tests.waiting import lines, wait_until
 StartAgent = Callable[..., AgentProcess]
 
 WATCHED = {"WATCHDOG_USEC": "2000000"}
-# Stops the event loop wherever it is when SIGUSR1 comes, until the file is removed.
+# Stops the event loop wherever it is when SIGUSR2 comes, until the file is removed.
 HANG = """
 import pathlib, signal, time
 def hang(*_):
     while pathlib.Path({!r}).exists():
         time.sleep(0.01)
-signal.signal(signal.SIGUSR1, hang)
+signal.signal(signal.SIGUSR2, hang)
 """
 
 
@@ -87,7 +87,7 @@ def test_an_agent_whose_event_loop_hangs_is_silent_until_it_goes_on(
     other = agent_process(config=config(url, server_3), env=WATCHED)
     wait_pings(agent, 2, timeout=4)
     hanging.touch()
-    agent.send(signal.SIGUSR1)
+    agent.send(signal.SIGUSR2)
     wait_pings(other, 1, timeout=2)  # what was on its way has come
     before = len(agent.notify.messages)
     wait_pings(other, 3, timeout=6)
@@ -100,7 +100,7 @@ def test_ready_is_not_said_by_an_agent_that_cannot_start(agent_process: StartAge
     wrong = config(server_3.url, server_3) | {"flows": {"python": sys.executable}}  # it has no Prefect
     agent = agent_process(config=wrong, wait=False)
     assert agent.wait(30) == 78
-    assert agent.notify.messages == []
+    assert agent.notify.lines("READY") == []
 
 
 def test_the_status_line_tells_how_the_agent_is_and_no_flow_can_speak_to_the_manager(
@@ -129,7 +129,8 @@ def test_the_status_line_tells_how_the_agent_is_and_no_flow_can_speak_to_the_man
     assert agent.notify.lines("STOPPING") == []
     agent.send(signal.SIGTERM)
     wait_until(lambda: agent.notify.lines("STOPPING") == ["1"], 10, "it says that it stops", more=agent.log)
-    status(r"draining: 1 running, 1 free, last poll \d+ s ago")
+    status(r"draining: 1 live run, 2[45] min left, then cancel, last poll \d+ s ago")
+    assert set(agent.notify.lines("EXTEND_TIMEOUT_USEC")) == {"60000000"}
     wait_pings(agent, 2, timeout=4)  # the manager goes on watching while runs end
     api.cancel(run)
     assert agent.wait(30) == 0

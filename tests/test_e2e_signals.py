@@ -126,15 +126,6 @@ def test_a_signal_that_is_delivered_several_times_within_milliseconds_counts_onc
     assert api.state(run) == "COMPLETED"
 
 
-def test_sighup_ends_nothing(api: Api, pool: str, live_run: Callable[..., tuple[AgentProcess, str]]) -> None:
-    agent, run = live_run("sleeper", 2)
-    agent.send(signal.SIGHUP)
-    agent.wait_for_log("SIGHUP: this version cannot reload its configuration; restart it instead")
-    assert api.wait_for_state(run)["state_type"] == "COMPLETED"
-    later = api.create_run(api.create_deployment("hello", pool=pool))
-    assert api.wait_for_state(later)["state_type"] == "COMPLETED"
-
-
 def test_an_agent_that_was_to_run_once_takes_nothing_more_while_it_waits(
     api: Api, pool: str, live_run: Callable[..., tuple[AgentProcess, str]]
 ) -> None:

@@ -107,6 +107,20 @@ def test_credentials_go_into_the_authorization_header_and_the_login_wins(
     talk(body, credentials=lambda: credentials)
 
 
+def test_other_credentials_are_used_from_the_moment_they_are_given_though_the_old_ones_are_still_taken() -> None:
+    async def body(http: HttpApi, server: FaultServer) -> None:
+        server.rules.append(on("GET", "/x", Status(200, {}, 2)))
+        await http.get("/x")
+        http.renew(Credentials(api_key="another"))
+        await http.get("/x")
+        assert [request.headers.get("authorization") for request in server.requests] == [
+            f"Bearer {KEY}",
+            "Bearer another",
+        ]
+
+    talk(body, credentials=lambda: Credentials(api_key=KEY))
+
+
 def test_our_own_headers_cannot_be_replaced_by_configured_ones_which_are_sent_beside_them() -> None:
     async def body(http: HttpApi, server: FaultServer) -> None:
         server.rules.append(on("POST", "/x", Status(200, {}, 1)))
@@ -633,7 +647,11 @@ def test_the_usual_places_are_searched_where_openssl_knows_no_certificates(
     assert ca_bundle(paths(), places) == known
     assert ca_bundle(paths(capath=tmp_path), places) == known  # a folder, but an empty one
     assert ca_bundle(paths(cafile=known), places) is None
-    assert ca_bundle(paths(capath=certificates), places) is None
+    assert ca_bundle(paths(capath=certificates), places) == known  # none that OpenSSL would find by its hash: Red Hat
+    hashed = tmp_path / "hashed"
+    hashed.mkdir()
+    (hashed / "5ed36f99.0").symlink_to(known)
+    assert ca_bundle(paths(capath=hashed), places) is None
     last = ca_bundle(paths(), ())
     assert last is not None
     assert "BEGIN CERTIFICATE" in last.read_text()

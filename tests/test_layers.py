@@ -12,9 +12,9 @@ HOUSE = Path(__file__).parent.parent / "supervisor"
 FLOORS = {  # a room is a module or package right under supervisor/
     6: {"__main__"},
     5: {"cli"},
-    4: {"app", "demo"},
+    4: {"app", "demo", "install"},
     3: {"runs"},
-    2: {"backend", "process", "journal", "logs", "metrics", "systemd", "statedir", "control", "agentlog"},
+    2: {"backend", "process", "journal", "logs", "metrics", "systemd", "statedir", "control", "agentlog", "frozen"},
     1: {"config", "lifecycle"},
     0: {"model", "errors", "failpoints", "__init__"},
 }

@@ -199,13 +199,13 @@ def watched_flow_without_holes(disk: Path) -> dict[str, Any]:
 
 
 def test_a_flow_that_writes_steadily_to_a_full_disk_never_sees_an_error(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_on_full_disk", tmp_path)
+    seen = on_small_disk("tmpfs", flow_on_full_disk, tmp_path)
     assert (seen["written"], seen["why"]) == (len(LINES), "")
     assert seen["tail"] == LINES[-2:]
 
 
 def test_what_a_full_disk_made_us_cut_is_told_and_cut_for_good_once_there_is_room(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_on_full_disk", tmp_path)
+    seen = on_small_disk("tmpfs", flow_on_full_disk, tmp_path)
     assert seen["holes"] > 0, "a full disk has no room for a copy: the holes have to stay"
     lines = seen["text"].splitlines()
     (at,) = (number for number, line in enumerate(lines) if line.startswith("[flow-agent: "))
@@ -220,30 +220,30 @@ def test_what_a_full_disk_made_us_cut_is_told_and_cut_for_good_once_there_is_roo
 
 
 def test_the_reserve_is_filled_up_from_the_middle_and_then_from_the_head(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_in_bursts", tmp_path)
+    seen = on_small_disk("tmpfs", flow_in_bursts, tmp_path)
     assert seen["written"] == seen["bursts"]
 
 
 def test_a_flow_that_was_still_for_long_is_looked_at_in_time_where_the_disk_is_full(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_that_wakes_up", tmp_path)
+    seen = on_small_disk("tmpfs", flow_that_wakes_up, tmp_path)
     assert seen["size"] == sum(len(line) + 1 for line in LINES[: 30 * 150])
 
 
 def test_without_a_reserve_the_same_flow_fails_at_once(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_without_reserve", tmp_path)
+    seen = on_small_disk("tmpfs", flow_without_reserve, tmp_path)
     assert seen["written"] < 10
     assert seen["why"] == "No space left on device"
 
 
 def test_a_disk_without_room_for_a_reserve_is_spoken_of_once_and_made_good_when_there_is_room(tmp_path: Path) -> None:
-    seen = on_small_disk("tmpfs", "flow_where_nothing_is_left", tmp_path)
+    seen = on_small_disk("tmpfs", flow_where_nothing_is_left, tmp_path)
     (said,) = seen["said"]
     assert said.startswith("cannot reserve room for the output of a run (No space left on device)")
     assert seen["written"] > 1000
 
 
 def test_where_there_are_no_holes_the_cap_is_kept_and_every_line_shown_once(tmp_path: Path) -> None:
-    seen = on_small_disk("ramfs", "flow_without_holes", tmp_path)
+    seen = on_small_disk("ramfs", flow_without_holes, tmp_path)
     assert [line for line in seen["shown"] if not line.startswith("[flow-agent: ")] == LINES
     assert seen["most"] <= 1_000_000 * 9 / 8 + STEP * 1100
     lines = seen["text"].splitlines()
@@ -255,7 +255,7 @@ def test_where_there_are_no_holes_the_cap_is_kept_and_every_line_shown_once(tmp_
 
 
 def test_a_cut_in_place_disturbs_nobody_who_watches(tmp_path: Path) -> None:
-    seen = on_small_disk("ramfs", "watched_flow_without_holes", tmp_path)
+    seen = on_small_disk("ramfs", watched_flow_without_holes, tmp_path)
     assert [line for line in seen["shown"] if not line.startswith("[flow-agent: ")] == LINES[:4000]
     assert seen["size"] == len(seen["text"]) < 1_200_000
     assert seen["text"].startswith(LINES[0])

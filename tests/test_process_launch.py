@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +120,70 @@ def test_the_end_is_noticed_at_once(tmp_path: Path) -> None:
         await child.wait()
         # From its last line to here lies the end of an interpreter; a poll would show as a tenth of a second and more.
         assert time.monotonic() - float(said(tmp_path)) < 0.5
+
+    trio.run(main)
+
+
+@contextmanager
+def oom_score(score: int) -> Iterator[None]:
+    """Our own, as a unit would set it."""
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    own.write_text(str(score))
+    try:
+        yield
+    finally:
+        own.write_text(before)
+
+
+@pytest.fixture
+def spared(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """We are spared when memory runs out; the score of everybody else. Who may not go below 0 plays it a step higher."""
+    try:
+        with oom_score(-500):
+            yield 0
+    except PermissionError:
+        monkeypatch.setattr("supervisor.process.launch._OOM_SCORE", 200)
+        with oom_score(100):
+            yield 200
+
+
+SCORES = "import os, subprocess; os.system('cat /proc/self/oom_score_adj; ' * 2); print(open('/proc/self/oom_score_adj').read())"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_child_is_not_spared_with_us_when_memory_runs_out_nor_are_its_children(
+    tmp_path: Path, spared: int, grouped: bool
+) -> None:
+    group = RunGroup(tmp_path / "group", tmp_path) if grouped else None
+
+    async def main() -> None:
+        output = tmp_path / "output"
+        child = await launch([sys.executable, "-c", SCORES], env=ENV, cwd=tmp_path, output=output, group=group)
+        assert await child.wait() == Exit(code=0)
+        assert said(tmp_path).split() == [str(spared)] * 3
+        assert not grouped or (tmp_path / "group" / "cgroup.procs").read_text() == f"{child.ref.pid}\n"
+
+    trio.run(main)
+
+
+def test_a_child_that_no_shell_can_start_is_not_spared_either(tmp_path: Path, spared: int) -> None:
+    async def main() -> None:
+        os.mkfifo(tmp_path / "gate")
+        child = await python(f"open('gate').read(); {SCORES}", tmp_path, **{"not.a.name": "1"})
+        (tmp_path / "gate").write_text("go on")
+        assert await child.wait() == Exit(code=0)
+        assert said(tmp_path).split() == [str(spared)] * 3
+
+    trio.run(main)
+
+
+def test_a_score_that_is_worse_for_us_is_worse_for_our_children(tmp_path: Path) -> None:
+    async def main() -> None:
+        with oom_score(300):
+            child = await python(SCORES, tmp_path)
+            await child.wait()
+        assert said(tmp_path).split() == ["300"] * 3
 
     trio.run(main)
 

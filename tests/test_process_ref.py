@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -99,3 +100,18 @@ def test_a_process_whose_main_thread_has_ended_lives_on_while_another_works() ->
     assert alive(ref)
     let_go(process)
     assert not alive(ref)
+
+
+def test_a_process_that_proc_hides_from_us_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = sleeper()
+    ref = identify(process.pid)
+    assert ref is not None
+
+    def refuse(path: Path) -> bytes:  # hidepid=1 and 4
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as hidden:
+        hidden.setattr(Path, "read_bytes", refuse)
+        assert read_stat(process.pid) is None
+        assert not alive(ref)
+    let_go(process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -424,3 +425,27 @@ live()
         assert await child.wait() == Exit(code=3)
 
     zoo(tmp_path, visit)
+
+
+def test_a_process_of_which_the_kernel_gives_no_handle_is_waited_for_without_haste(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def refuse(_: int) -> int:  # a security module
+        nonlocal asked
+        asked += 1
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    async def main() -> None:
+        child = await launch(
+            ["sleep", "60"], env={"PATH": os.environ["PATH"]}, cwd=tmp_path, output=tmp_path / "output"
+        )
+        with monkeypatch.context() as without:
+            without.setattr(os, "pidfd_open", refuse)
+            assert not await wait_gone([child.ref], 0.5)
+            assert 1 <= asked <= 20
+        await end(child.ref, "run", grace=0)
+        await child.wait()
+
+    trio.run(main)

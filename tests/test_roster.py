@@ -2,79 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import trio
 
 from supervisor.config import Poll, Work
 from supervisor.errors import ServerTrouble
-from supervisor.lifecycle import Outcome, StopReason
+from supervisor.lifecycle import StopReason
 from supervisor.model import FlowRun, StateType
 from supervisor.runs.canceller import OUTLIVE_SECONDS, Canceller
 from supervisor.runs.claim import NotOurs
 from supervisor.runs.health import ServerHealth
-from supervisor.runs.poller import Poller
 from supervisor.runs.roster import REFUSED_SECONDS, Roster
 from supervisor.runs.sources import Source
-from tests.fakes import FakeBackend, offer, on_jumping_clock, work
-
-
-class QuietPulse:
-    """A pulse that nobody watches."""
-
-    def expect(self, within: float | None) -> None:
-        self.within = within
-
-
-class ShortRun:
-    """A run that lives as long as the test says."""
-
-    def __init__(self, offered: FlowRun, source: Source, seconds: float, refused: NotOurs | None = None) -> None:
-        self.id = offered.id
-        self.deployment_id = offered.deployment_id
-        self.work = source.work
-        self.refused = refused
-        self.suspended = False
-        self.asked: list[tuple[StopReason, str]] = []
-        self._seconds = seconds
-
-    async def live(self) -> Outcome:
-        await trio.sleep(self._seconds)
-        return Outcome.NOT_OURS if self.refused else Outcome.FINISHED
-
-    def ask_to_stop(self, reason: StopReason, why: str, *, hurry: bool = False) -> None:
-        self.asked.append((reason, why))
-
-    async def cancel_suspended(self) -> None:
-        self.asked.append((StopReason.CANCEL, "suspended"))
-
-
-Starter = Callable[[FlowRun, Source], ShortRun]
-
-
-def roster_of(limit: int | None, start: Starter) -> Roster:
-    return Roster(limit, start)  # type: ignore[arg-type]
-
-
-def poller_of(source: Source, roster: Roster, **poll: float) -> Poller:
-    return Poller(
-        source,
-        roster,
-        ServerHealth("http://server/api"),
-        QuietPulse(),  # type: ignore[arg-type]
-        poll=Poll(jitter=0.0, **poll),
-        prefetch_seconds=10.0,
-        turn_seconds=100.0,
-    )
-
-
-def lives(seconds: float, started: list[tuple[str, float]] | None = None) -> Starter:
-    def start(offered: FlowRun, source: Source) -> ShortRun:
-        if started is not None:
-            started.append((offered.id, trio.current_time()))
-        return ShortRun(offered, source, seconds)
-
-    return start
+from tests.fakes import (
+    FakeBackend,
+    QuietPulse,
+    ShortRun,
+    lives,
+    offer,
+    on_jumping_clock,
+    poller_of,
+    roster_of,
+    work,
+)
 
 
 @on_jumping_clock
@@ -197,24 +148,24 @@ async def test_a_source_that_fails_backs_off_and_does_not_slow_another() -> None
     assert 10 <= bad.count("due_in_queue") <= 16  # 5, 10, 20, 40, 60, 60, …
 
 
-@on_jumping_clock
-async def test_a_cancellation_is_asked_of_the_run_with_the_reason_people_gave() -> None:
-    backend = FakeBackend(offer())
+def cancelling(backend: FakeBackend) -> tuple[Canceller, Roster, list[ShortRun]]:
+    """A canceller, the roster it asks for, and the runs that are started there, which are long."""
     runs: list[ShortRun] = []
 
     def start(offered: FlowRun, source: Source) -> ShortRun:
-        runs.append(ShortRun(offered, source, 100))
+        runs.append(ShortRun(offered, source, 10_000))
         return runs[-1]
 
     roster = roster_of(None, start)
-    canceller = Canceller(
-        backend,
-        roster,
-        ServerHealth("u"),
-        QuietPulse(),
-        poll=Poll(jitter=0.0),
-        turn_seconds=9,  # type: ignore[arg-type]
-    )
+    pulse: Any = QuietPulse()
+    canceller = Canceller(backend, roster, ServerHealth("u"), pulse, poll=Poll(jitter=0.0), turn_seconds=9)
+    return canceller, roster, runs
+
+
+@on_jumping_clock
+async def test_a_cancellation_is_asked_of_the_run_with_the_reason_people_gave() -> None:
+    backend = FakeBackend(offer())
+    canceller, roster, runs = cancelling(backend)
     async with trio.open_nursery() as nursery:
         roster.open(nursery)
         nursery.start_soon(canceller.run)
@@ -231,21 +182,7 @@ async def test_a_cancellation_is_asked_of_the_run_with_the_reason_people_gave() 
 async def test_a_failing_cancellation_poll_backs_off_and_comes_back() -> None:
     backend = FakeBackend(offer())
     backend.faults["cancelling"] = [ServerTrouble("500")] * 5
-    runs: list[ShortRun] = []
-
-    def start(offered: FlowRun, source: Source) -> ShortRun:
-        runs.append(ShortRun(offered, source, 10_000))
-        return runs[-1]
-
-    roster = roster_of(None, start)
-    canceller = Canceller(
-        backend,
-        roster,
-        ServerHealth("u"),
-        QuietPulse(),
-        poll=Poll(jitter=0.0),
-        turn_seconds=9,  # type: ignore[arg-type]
-    )
+    canceller, roster, runs = cancelling(backend)
     async with trio.open_nursery() as nursery:
         roster.open(nursery)
         roster.admit(offer(), Source(work(pool="p"), backend))
@@ -260,15 +197,7 @@ async def test_a_failing_cancellation_poll_backs_off_and_comes_back() -> None:
 async def test_a_run_that_outlives_its_cancellation_is_ended() -> None:
     """A server takes a cancellation that nobody has carried out for done, whatever still runs."""
     backend = FakeBackend(offer())
-    runs: list[ShortRun] = []
-
-    def start(offered: FlowRun, source: Source) -> ShortRun:
-        runs.append(ShortRun(offered, source, 10_000))
-        return runs[-1]
-
-    roster = roster_of(None, start)
-    poll = Poll(jitter=0.0)
-    canceller = Canceller(backend, roster, ServerHealth("u"), QuietPulse(), poll=poll, turn_seconds=9)  # type: ignore[arg-type]
+    canceller, roster, runs = cancelling(backend)
     async with trio.open_nursery() as nursery:
         roster.open(nursery)
         roster.admit(offer(), Source(work(pool="p"), backend))

@@ -100,6 +100,11 @@ def test_the_queue_and_the_state_of_systemd_tell_why_we_are_stopped(
         ("7 flow-agent.service try-restart waiting", Intent.RESTART),
         ("7 flow-agent.service reload-or-restart waiting", Intent.RESTART),
         ("7 flow-agent.service reload running", Intent.STOP),
+        # Each in place of a stop under way, as 252 shows it.
+        ("135 flow-agent.service restart running", Intent.RESTART),
+        ("186 flow-agent.service start waiting", Intent.RESTART),
+        ("186 flow-agent.service start running", Intent.STOP),  # we have not said READY=1 yet
+        ("186 other.service start waiting", Intent.STOP),
         ("7 reboot.target stop waiting", Intent.STOP),
         ("7 shutdown.target verify-active waiting", Intent.STOP),
         ("7 multi-user.target start waiting", Intent.STOP),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -119,6 +120,26 @@ def test_ready_is_sent_again_when_the_managers_queue_was_full(
 
     trio.run(main, clock=autojump_clock)
     assert ear.heard() == ["READY=1\nSTATUS=here"]
+
+
+def test_the_end_of_a_reload_is_never_heard_before_its_beginning(
+    ear: Ear, notifier: Notifier, autojump_clock: trio.testing.MockClock
+) -> None:
+    for _ in range(10_000):
+        notifier.watchdog()
+    notifier.reloading()
+    ear.heard()  # there is room again
+    notifier.ready("here")
+    assert ear.heard() == []
+
+    async def main() -> None:
+        with trio.move_on_after(1):
+            await notifier.run_status(lambda: "here")
+
+    trio.run(main, clock=autojump_clock)
+    reloading, ready = ear.heard()
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
+    assert ready == "READY=1\nSTATUS=here"
 
 
 def test_a_manager_that_comes_back_hears_us_again(tmp_path: Path) -> None:

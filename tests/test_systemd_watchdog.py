@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -11,13 +12,14 @@ import trio
 import trio.testing
 
 from supervisor.systemd.notify import Notifier
-from supervisor.systemd.watchdog import Watchdog
+from supervisor.systemd.watchdog import MORE_EVERY, MORE_SECONDS, Watchdog
 
 
 class Manager:
-    """A service manager that kills after `limit` seconds of silence. Owns when it heard us."""
+    """A service manager. Owns when it heard us."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: bytes = b"WATCHDOG=1") -> None:
+        self.says = says
         self.address = f"@flow-agent-watchdog-{os.getpid()}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self.socket.bind("\0" + self.address[1:])
@@ -26,7 +28,7 @@ class Manager:
     async def listen(self) -> None:
         ear = trio.socket.from_stdlib_socket(self.socket)
         while True:
-            assert await ear.recv(100) == b"WATCHDOG=1"
+            assert await ear.recv(100) == self.says
             self.heard.append(trio.current_time())
 
 
@@ -79,9 +81,11 @@ def test_a_loop_that_hangs_stops_the_pings_and_is_named_once(
         await trio.sleep_forever()
 
     assert watched(manager, autojump_clock, 60, loop) == [0, 5]
-    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        "no progress in: poll of pool 'p'. The service manager's watchdog is not fed until that changes"
-    ]
+    said, where = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == "no progress in: poll of pool 'p'. The service manager's watchdog is not fed until that changes"
+    assert re.search(
+        r"where every task stands\n(.*\n)*.*test_systemd_watchdog.py:\d+ .*loop\n.*trio/_timeouts.py:\d+ sleep", where
+    )
 
 
 def test_a_loop_whose_every_call_fails_is_not_late(manager: Manager, autojump_clock: trio.testing.MockClock) -> None:
@@ -157,3 +161,72 @@ def test_the_watch_is_kept_only_when_it_is_meant_for_us(environ: dict[str, str],
 
 def test_without_a_watch_it_ends_at_once(autojump_clock: trio.testing.MockClock) -> None:
     trio.run(Watchdog(Notifier(None), None).run, clock=autojump_clock)
+
+
+# --- more time -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def patient_manager() -> Iterator[Manager]:
+    made = Manager(f"EXTEND_TIMEOUT_USEC={round(MORE_SECONDS * 1e6)}".encode())
+    yield made
+    made.socket.close()
+
+
+def test_more_time_is_asked_for_in_small_steps_while_it_is_wanted_and_no_loop_is_late(
+    patient_manager: Manager, autojump_clock: trio.testing.MockClock
+) -> None:
+    notifier = Notifier(patient_manager.address)
+    watchdog = Watchdog(notifier, None)
+    wanted = False
+
+    async def main() -> float:
+        nonlocal wanted
+        since = trio.Event()
+        async with trio.open_nursery() as nursery:
+            started = trio.current_time()
+            nursery.start_soon(patient_manager.listen)
+            nursery.start_soon(watchdog.ask_for_time, lambda: wanted, since)
+            await trio.sleep(101)
+            wanted = True
+            since.set()
+            await trio.sleep(100)
+            watchdog.pulse("run loop").expect(0)
+            await trio.sleep(100)
+            nursery.cancel_scope.cancel()
+        return started
+
+    started = trio.run(main, clock=autojump_clock)
+    notifier.close()
+    every = round(MORE_EVERY)
+    assert [round(at - started) for at in patient_manager.heard] == [*range(101, 201, every)]
+    assert every * 3 < MORE_SECONDS
+
+
+def test_a_start_that_takes_long_has_time_and_what_it_raises_is_not_wrapped(
+    patient_manager: Manager, autojump_clock: trio.testing.MockClock
+) -> None:
+    notifier = Notifier(patient_manager.address)
+
+    async def fails_to_start(watchdog: Watchdog) -> None:
+        with watchdog.starting():
+            await trio.sleep(1)
+            raise ValueError("as it is")
+
+    async def main() -> float:
+        started = trio.current_time()
+        watchdog = Watchdog(notifier, None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(patient_manager.listen)
+            with watchdog.starting():
+                await trio.sleep(70)
+            await trio.sleep(50)
+            with pytest.raises(ValueError, match="as it is"):
+                await fails_to_start(watchdog)
+            await trio.sleep(50)
+            nursery.cancel_scope.cancel()
+        return started
+
+    started = trio.run(main, clock=autojump_clock)
+    notifier.close()
+    assert [round(at - started) for at in patient_manager.heard] == [0, 15, 30, 45, 60, 70, 120]

@@ -79,6 +79,10 @@ class HttpApi:
         async with client:
             yield cls(api, credentials, client)
 
+    def renew(self, credentials: Credentials) -> None:
+        """Shows these from now on, though the server may still take the old ones."""
+        self._credentials = credentials
+
     async def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
         """The decoded answer to GET; None where it has no body."""
         return await self._call("GET", path, params=params)

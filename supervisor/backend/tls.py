@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ CA_BUNDLES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
+
+_HASHED = re.compile(r"[0-9a-f]{8}\.[0-9]+")
 
 
 def tls_context(api: Api) -> ssl.SSLContext:
@@ -53,7 +56,8 @@ def ca_bundle(default: ssl.DefaultVerifyPaths, candidates: tuple[str, ...] = CA_
     """
     if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or default.cafile:
         return None
-    if default.capath and any(Path(default.capath).iterdir()):
+    # OpenSSL finds a certificate in a folder by a name made of its hash. Red Hat's folder has only bundles in it.
+    if default.capath and any(_HASHED.fullmatch(file.name) for file in Path(default.capath).iterdir()):
         return None
     for candidate in candidates:
         if Path(candidate).is_file():

@@ -24,6 +24,7 @@ def check(
         bool, typer.Option("--server", help="Also ask the server and the flows' Python. Changes nothing there.")
     ] = False,
     api: Annotated[str | None, typer.Option(metavar="URL", help="Another Prefect server than the configured.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but what is wrong or unwise.")] = False,
 ) -> None:
     """Check the configuration.
 
@@ -36,7 +37,8 @@ def check(
 
     try:
         loaded = load(config, environ=os.environ, flags={"api.url": api})
-        typer.echo(f"{loaded.path or 'configuration without a file'}: ok")
+        if not quiet:
+            typer.echo(f"{loaded.path or 'configuration without a file'}: ok")
         for warning in warnings(loaded):
             typer.echo(f"warning: {warning}")
         if not server:
@@ -45,8 +47,10 @@ def check(
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(EX_CONFIG) from None
-    typer.echo("\n" + table(rows))
-    raise typer.Exit(0 if all(row.usable for row in rows) else 1)
+    usable = all(row.usable for row in rows)
+    if not (quiet and usable):
+        typer.echo("\n" + table(rows))
+    raise typer.Exit(0 if usable else 1)
 
 
 def _ask(config: Config) -> list[Row]:
@@ -58,7 +62,7 @@ def _ask(config: Config) -> list[Row]:
     from supervisor.process.interpreter import inspect
 
     async def main() -> list[Row]:
-        async with connect(config) as backend:
+        async with connect(lambda: config) as (_, backend):
             return await survey(config, backend, inspect=inspect, secrets=credentials(config.api, os.environ))
 
     return trio.run(main)

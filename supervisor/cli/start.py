@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from supervisor.config import Config
 
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
@@ -79,12 +82,17 @@ def start(
         "flows.python": python,
         "work": work,
     }
+    environ = dict(os.environ)  # as it is now: the agent does not keep all of it
     try:
-        loaded = load(config, environ=os.environ, flags=flags)
+        loaded = load(config, environ=environ, flags=flags)
 
         from supervisor.app import run
 
-        code = run(loaded, run_once=run_once, hide_welcome=hide_welcome)
+        def reread() -> Config:
+            # The file that it was, though it may have gone: to do without one is not what a reload is asked for.
+            return load(loaded.path or config, environ=environ, flags=flags)
+
+        code = run(loaded, reread, run_once=run_once, hide_welcome=hide_welcome)
     except NoWorkNamed as error:
         _refuse(f"No work queues provided!\n{error}")
     except (ConfigError, InterpreterError) as error:

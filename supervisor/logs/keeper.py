@@ -42,16 +42,23 @@ def output_file(log_dir: Path, run_id: str) -> Path:
 
 
 class OutputKeeper:
-    """The output files in `log_dir`. Owner of nothing but what it last saw of the disk: runs are tasks of its callers."""
+    """The output files in `log_dir`.
+
+    Owns what `[output]` says, what it said when each live run was first watched, and what was last seen of the disk: runs are
+    tasks of its callers.
+    """
 
     def __init__(self, log_dir: Path, output: Output) -> None:
         self._log_dir = log_dir
-        self._cap = max(SMALLEST_CAP, int(output.max_mb * 1_000_000))
-        self._keep_days = output.keep_days
-        self._show = output.show
+        self._output = output
+        self._began_with: dict[str, Output] = {}
         self._is_tight = False
         self._room_seen = -math.inf  # when the disk was asked
         self._threads = trio.CapacityLimiter(THREADS)  # ours: a hung disk must not take the threads of everybody else
+
+    def use(self, output: Output) -> None:
+        """What `[output]` says from now on. A run that is being watched keeps what it began with."""
+        self._output = output
 
     def path(self, run_id: str) -> Path:
         """The file that holds the run's output."""
@@ -70,14 +77,15 @@ class OutputKeeper:
         `shown` is the offset up to which lines were shown already. Cancelled while `show` is at work, those lines count as
         shown only if `show` has put their offset on record.
         """
+        output = self._began_with.setdefault(run_id, self._output)
         path = self.path(run_id)
-        live = LiveFile(path, self._cap)
+        live = LiveFile(path, _cap(output))
         follower = Follower(path, shown)
         # Showing must not disturb keeping: `show` may take as long as it likes. The lock is for the reads in between.
         lock = trio.Lock()
         async with trio.open_nursery() as nursery:
             grew = _Bell()
-            if self._show:
+            if output.show:
                 nursery.start_soon(self._show_new, follower, show, lock, grew)
             size, wait = -1, SLOW
             while True:
@@ -99,9 +107,10 @@ class OutputKeeper:
 
         Returns the offset to go on from, should the run be started once more.
         """
+        output = self._began_with.pop(run_id, self._output)
         path = self.path(run_id)
         follower = Follower(path, shown)
-        if self._show:
+        if output.show:
             with trio.move_on_after(FINISH_SECONDS) as limit:
                 await self._show_rest(follower, show)
             if limit.cancelled_caught:
@@ -110,7 +119,7 @@ class OutputKeeper:
                 return follower.offset
         try:
             await trio.to_thread.run_sync(
-                lambda: compact(path, self._cap, trio.from_thread.check_cancelled), limiter=self._threads
+                lambda: compact(path, _cap(output), trio.from_thread.check_cancelled), limiter=self._threads
             )
         except FileNotFoundError:
             return 0
@@ -123,7 +132,8 @@ class OutputKeeper:
 
         `in_use` are the ids of all open runs; it is asked from a thread, file by file.
         """
-        await self._in_thread(lambda: sweep_old(self._log_dir, self._keep_days, in_use, cap=self._cap))
+        output = self._output
+        await self._in_thread(lambda: sweep_old(self._log_dir, output.keep_days, in_use, cap=_cap(output)))
 
     def _prepare(self, path: Path) -> int:
         try:
@@ -134,7 +144,7 @@ class OutputKeeper:
         except OSError as error:
             hint = "free some space" if error.errno in NO_ROOM else "see `log_dir` in [agent]"
             raise JobError(f"cannot write the run's output to '{path}': {error.strerror or error}; {hint}") from error
-        LiveFile(path, self._cap).keep()
+        LiveFile(path, _cap(self._output)).keep()
         return size
 
     async def _show_new(self, follower: Follower, show: Show, lock: trio.Lock, grew: _Bell) -> None:
@@ -193,6 +203,11 @@ class _Bell:
     def ring(self) -> None:
         self._event.set()
         self._event = trio.Event()
+
+
+def _cap(output: Output) -> int:
+    """In bytes."""
+    return max(SMALLEST_CAP, int(output.max_mb * 1_000_000))
 
 
 def _size(path: Path) -> int:

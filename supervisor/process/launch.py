@@ -34,7 +34,13 @@ log = logging.getLogger(__name__)
 # the group. Python can start nothing straight in a group (CLONE_INTO_CGROUP), and code of ours between fork and exec
 # could hang for ever in a process with threads. A group that cannot be joined is no reason not to run.
 _SHELL = "/bin/sh"
-_JOIN = 'echo $$ >"$1/cgroup.procs"; shift; unset PWD OLDPWD SHLVL; exec "$@"'
+_JOIN = 'echo $$ >"$1/cgroup.procs"; shift; '
+_BECOME = 'unset PWD OLDPWD SHLVL; exec "$@"'
+
+# A unit may spare the agent when memory runs out (OOMScoreAdjust=). A run that had inherited that would be spared in place
+# of the machine. To raise one's score everybody is allowed.
+_OOM_SCORE = 0
+_RESET_OOM_SCORE = "{{ echo {} >/proc/self/oom_score_adj; }} 2>/dev/null; "
 
 # A shell drops variables that it could not name, and gives these a value of its own.
 _SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -71,14 +77,15 @@ async def launch(
         raise JobError("cannot start the run: its command is empty")
     if group is not None and not group.create():
         group = None
-    by_shell = group is not None and _hands_on(argv[0], env)
+    spared = _is_spared()
+    by_shell = (group is not None or spared) and _hands_on(argv[0], env)
     descriptor = _open_output(output)
     try:
         if by_shell:
             _refuse(argv[0], env, cwd)
         async with birth(env.get(MARK)):
             process = await trio.lowlevel.open_process(
-                [_SHELL, "-c", _JOIN, _SHELL, os.fspath(group.path), *argv] if group and by_shell else [*argv],
+                [*(_by_shell(group, spared=spared) if by_shell else ()), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -100,13 +107,34 @@ async def launch(
     expect(ref)
     if group is not None and not by_shell:
         group.add(process.pid)
+    if spared and not by_shell:
+        _unspare(process.pid)
     return Child(process, ref)
+
+
+def _is_spared() -> bool:
+    """Whether the kernel prefers others to us, and so to our children, when it must kill somebody for his memory."""
+    try:
+        return int(Path("/proc/self/oom_score_adj").read_text()) < _OOM_SCORE
+    except (OSError, ValueError):
+        return False
+
+
+def _unspare(pid: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        Path(f"/proc/{pid}/oom_score_adj").write_text(f"{_OOM_SCORE}")
+
+
+def _by_shell(group: RunGroup | None, *, spared: bool) -> list[str]:
+    script = (_RESET_OOM_SCORE.format(_OOM_SCORE) if spared else "") + (_JOIN if group else "") + _BECOME
+    return [_SHELL, "-c", script, _SHELL, *([os.fspath(group.path)] if group else [])]
 
 
 def _hands_on(program: str, env: Mapping[str, str]) -> bool:
     """Whether a shell starts the program by that name and with exactly these variables.
 
-    If not, the process is moved into its group just after its start: its variables matter more than that moment.
+    If not, the process is moved into its group, and its score set, just after its start: its variables matter more than that
+    moment.
     """
     if program.startswith("-") or "PATH" not in env or not os.access(_SHELL, os.X_OK):
         return False

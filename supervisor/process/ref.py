@@ -31,10 +31,10 @@ class Stat(msgspec.Struct, frozen=True):
 
 
 def read_stat(pid: int) -> Stat | None:
-    """The process with that number now, zombies included; None when there is none."""
+    """The process with that number now, zombies included; None when there is none, or /proc hides it from us (hidepid)."""
     try:
         raw = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The name stands in parentheses and may itself hold blanks and parentheses: the last one counts.
     fields = raw[raw.rindex(b")") + 2 :].split()

@@ -28,7 +28,7 @@ LEFTOVER_GRACE = 5.0  # seconds for what a finished run left behind: its work is
 _SETTLE = 0.05  # seconds; the shortest pause between two looks where nothing wakes us
 _PATIENCE = 5.0  # seconds; the longest pause while something does not die of SIGKILL
 _WATCHED = 64  # how many ends are awaited at once: a run with thousands of processes must not eat our descriptors
-_NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EMFILE, errno.ENFILE})
+_NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMFILE, errno.ENFILE})
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ async def _wait_some(refs: Sequence[ProcessRef]) -> None:
         for ref in refs:
             try:
                 pidfd = stack.enter_context(_held(ref))
-            except (ProcessLookupError, PermissionError):
+            except ProcessLookupError:
                 continue
             if pidfd is None:
                 await trio.sleep(_SETTLE)

@@ -12,17 +12,21 @@ if TYPE_CHECKING:
 class Backoff:
     """The waits of one loop: its interval while things go well, doubling up to `cap` seconds while they do not.
 
-    Owns the number of failures in a row. Every wait is multiplied by a random factor of 1 ± `jitter`, so that many agents
-    that lost their server together do not come back together.
+    Owns those times and the number of failures in a row. Every wait is multiplied by a random factor of 1 ± `jitter`, so that
+    many agents that lost their server together do not come back together.
     """
 
     def __init__(self, interval: float, *, cap: float, jitter: float, rng: random.Random | None = None) -> None:
-        self._interval = interval
-        self._cap = cap
-        self._jitter = jitter
+        self.use(interval, cap=cap, jitter=jitter)
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._failures = 0
         self._at_least = 0.0
+
+    def use(self, interval: float, *, cap: float, jitter: float) -> None:
+        """Waits like this from now on; failures count as before."""
+        self._interval = interval
+        self._cap = cap
+        self._jitter = jitter
 
     @property
     def failing(self) -> bool:

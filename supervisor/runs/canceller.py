@@ -25,8 +25,8 @@ _log = logging.getLogger("flow-agent")
 class Canceller:
     """Polls for cancellations of the runs in the roster, and of suspended ones that were ours.
 
-    Owns since when live runs have been cancelled for the server: it takes a cancellation that nobody has carried out for done
-    after five minutes, whoever was away meanwhile.
+    Owns how often, and since when live runs have been cancelled for the server: it takes a cancellation that nobody has
+    carried out for done after five minutes, whoever was away meanwhile.
     """
 
     def __init__(
@@ -36,9 +36,11 @@ class Canceller:
         self._roster = roster
         self._health = health
         self._pulse = pulse
+        self._poll = poll
         self._turn_seconds = turn_seconds
         self._over: dict[str, float] = {}  # run id -> since when we have seen it CANCELLED
         self._backoff = Backoff(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+        self._nap = trio.CancelScope()
 
     async def run(self) -> None:
         """Polls until cancelled. Costs no request while there is nothing to cancel."""
@@ -47,7 +49,17 @@ class Canceller:
             await self._look()
             delay = self._backoff.delay()
             self._pulse.expect(delay + self._turn_seconds)
-            await trio.sleep(delay)
+            with trio.move_on_after(delay) as self._nap:
+                await trio.sleep_forever()
+
+    def use(self, poll: Poll, turn_seconds: float) -> None:
+        """Polls like this from now on, and at once where that is anything new."""
+        self._turn_seconds = turn_seconds
+        if poll == self._poll:
+            return
+        self._poll = poll
+        self._backoff.use(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+        self._nap.cancel()
 
     async def _look(self) -> None:
         ids = self._roster.cancellable()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import trio
 
@@ -22,7 +22,10 @@ _log = logging.getLogger("flow-agent")
 
 
 class Heartbeat:
-    """Speaks for the agent as a worker of the pools it serves. Owns which pools have heard that it started."""
+    """Speaks for the agent as a worker of the pools it serves.
+
+    Owns which pools these are, how often they hear of us, and which have heard that we started.
+    """
 
     def __init__(
         self,
@@ -39,9 +42,20 @@ class Heartbeat:
         self._teller = teller
         self._health = health
         self._worker = worker
+        self._poll = poll
         self._interval = poll.heartbeat_seconds
         self._backoff = Backoff(poll.heartbeat_seconds, cap=poll.max_backoff_seconds, jitter=0.0)
-        self._known: dict[str, str | None] = {}  # pool name -> the event that said we started
+        self._known: dict[str, tuple[Pool, str | None]] = {}  # by name, with the event that said we started
+        self._nap = trio.CancelScope()
+
+    def use(self, sources: Sequence[Source], poll: Poll) -> None:
+        """Speaks to the pools of these sources from now on. Those that are no longer among them hear a good-bye."""
+        if (list(sources), poll) == (list(self._sources), self._poll):
+            return
+        self._sources, self._poll = sources, poll
+        self._interval = poll.heartbeat_seconds
+        self._backoff.use(poll.heartbeat_seconds, cap=poll.max_backoff_seconds, jitter=0.0)
+        self._nap.cancel()
 
     def _pools(self) -> list[Pool]:
         return list({source.pool.name: source.pool for source in self._sources if source.pool is not None}.values())
@@ -50,10 +64,14 @@ class Heartbeat:
         """Beats until cancelled; goes on while the agent drains, so that the pool stays ready to be told of its runs."""
         while True:
             pools = self._pools()
+            # By what the tables name: a pool that has not been read yet is not one that we have left.
+            await self._leave({source.work.pool for source in self._sources})
             for pool in pools:
                 await self._beat(pool)
             # A pool is known only after its first poll: look again soon, not a whole interval later.
-            await trio.sleep(self._backoff.delay() if pools else min(1.0, self._interval))
+            wait = self._backoff.delay() if pools else min(1.0, self._interval)
+            with trio.move_on_after(wait) as self._nap:
+                await trio.sleep_forever()
 
     async def _beat(self, pool: Pool) -> None:
         try:
@@ -67,16 +85,18 @@ class Heartbeat:
             self._health.answered()
             self._backoff.succeeded()
             if pool.name not in self._known:
-                self._known[pool.name] = await self._teller.worker("prefect.worker.started", pool)
+                self._known[pool.name] = pool, await self._teller.worker("prefect.worker.started", pool)
 
     async def sign_off(self) -> None:
         """Takes the worker off its pools' lists, so that nobody takes it for lost. Bounded, and silent about failures."""
+        await self._leave(set())
+
+    async def _leave(self, keep: Collection[str | None]) -> None:
         with trio.move_on_after(SIGN_OFF_SECONDS):
-            for pool in self._pools():
-                if pool.name not in self._known:
-                    continue
-                await self._teller.worker("prefect.worker.stopped", pool, self._known[pool.name])
+            for name in [name for name in self._known if name not in keep]:
+                pool, started = self._known.pop(name)
+                await self._teller.worker("prefect.worker.stopped", pool, started)
                 try:
-                    await self._backend.sign_off(pool.name, self._worker)
+                    await self._backend.sign_off(name, self._worker)
                 except BackendError as error:
-                    _log.debug("not signed off from work pool '%s': %s", pool.name, error)
+                    _log.debug("not signed off from work pool '%s': %s", name, error)

@@ -22,6 +22,10 @@ class Patience:
         self._poll = poll
         self._health = health
 
+    def use(self, poll: Poll) -> None:
+        """How long calls that begin from now on wait between two tries."""
+        self._poll = poll
+
     def backoff(self) -> Backoff:
         return Backoff(0.25, cap=self._poll.max_backoff_seconds, jitter=self._poll.jitter)
 

@@ -24,7 +24,7 @@ _log = logging.getLogger("flow-agent")
 
 
 class Poller:
-    """Polls one source. Owns how the last poll went."""
+    """Polls one source. Owns how the last poll went, and how often it polls."""
 
     def __init__(
         self,
@@ -37,12 +37,15 @@ class Poller:
         prefetch_seconds: float,
         turn_seconds: float,
     ) -> None:
-        self._source = source
+        self.source = source
         self._roster = roster
         self._health = health
         self._pulse = pulse
+        self._poll = poll
         self._prefetch = timedelta(seconds=prefetch_seconds)
         self._turn_seconds = turn_seconds  # the longest a poll may honestly take
+        self._life = trio.CancelScope()
+        self._nap = trio.CancelScope()
         self._backoff = Backoff(poll.interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
         self._dropped = 0
         self._said: str | None = None
@@ -50,38 +53,59 @@ class Poller:
         self._answers = 0  # how often it had answered at the last of them
 
     async def run(self) -> None:
-        """Polls until cancelled."""
-        while True:
-            await self.poll_once()
-            delay = self._backoff.delay()
-            self._pulse.expect(delay + self._turn_seconds)
-            with trio.move_on_after(delay):
-                if self._backoff.failing:
-                    await trio.sleep_forever()  # a freed slot is no reason to press a server that is in trouble
-                await self._roster.wait_slot_freed()
-                await trio.sleep(WAKE_SECONDS)
+        """Polls until cancelled, or told to end."""
+        try:
+            with self._life:
+                while True:
+                    await self.poll_once()
+                    delay = self._backoff.delay()
+                    self._pulse.expect(delay + self._turn_seconds)
+                    with trio.move_on_after(delay) as self._nap:
+                        await self._wait_freed()
+        finally:
+            self._pulse.expect(None)  # it cannot be late any more
+
+    async def _wait_freed(self) -> None:
+        if self._backoff.failing:
+            await trio.sleep_forever()  # a freed slot is no reason to press a server that is in trouble
+        await self._roster.wait_slot_freed()
+        await trio.sleep(WAKE_SECONDS)
+
+    def end(self) -> None:
+        """Polls no more: its `[[work]]` table is gone. The runs it has handed on are not its own."""
+        self._life.cancel()
+
+    def use(self, work: Work, poll: Poll, prefetch_seconds: float) -> None:
+        """Polls like this from now on, and at once where that is anything new."""
+        prefetch = timedelta(seconds=prefetch_seconds)
+        if (work, poll, prefetch) == (self.source.work, self._poll, self._prefetch):
+            return
+        self.source.use(work)
+        self._poll, self._prefetch = poll, prefetch
+        self._backoff.use(poll.interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+        self._nap.cancel()  # it may be an hour long
 
     async def poll_once(self) -> bool:
         """Asks once and admits what is offered. Returns False, having said why, when the server could not be asked."""
         self._pulse.expect(self._turn_seconds)
-        free = self._roster.free(self._source.work)
+        free = self._roster.free(self.source.work)
         if free <= 0:
             self._backoff.succeeded()
             return True
         before = datetime.now(UTC) + self._prefetch
         limit = min(MAX_OFFERS, free + self._dropped + SPARE_OFFERS)
         try:
-            offers = await self._source.due(before=before, limit=limit)
+            offers = await self.source.due(before=before, limit=limit)
         except BackendError as error:
             self._failed(error)
             return False
         if self._said is not None:
-            _log.info("taking runs from %s again", self._source)
+            _log.info("taking runs from %s again", self.source)
         self._health.polled()
         self._backoff.succeeded()
         self._said, self._alone = None, 0
         # Dropped offers come back at every poll; the next one must look past them.
-        self._dropped = sum(not self._roster.admit(offer, self._source) for offer in offers)
+        self._dropped = sum(not self._roster.admit(offer, self.source) for offer in offers)
         return True
 
     def _failed(self, error: BackendError) -> None:
@@ -101,7 +125,7 @@ class Poller:
 
     def _say(self, error: BackendError) -> None:
         self._said = str(error)
-        _log.warning("cannot take runs from %s: %s", self._source, error)
+        _log.warning("cannot take runs from %s: %s", self.source, error)
 
 
 def turn_seconds(work: Work, timeout: float) -> float:

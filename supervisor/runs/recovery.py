@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+
+import trio
 
 from supervisor.config import Flows, Work
 from supervisor.errors import NotFound, Refused
@@ -30,6 +32,27 @@ class Recovery:
         self._work = work
         self._flows = flows
         self._kit = kit
+
+    def begin(
+        self,
+        runs: trio.Nursery,
+        records: Sequence[Record],
+        marked: Mapping[str, ProcessRef],
+        groups: Iterable[str],
+    ) -> Collection[str]:
+        """With the open runs of the journal, all processes that bear our mark, and the runs that have a control group.
+
+        Returns the ids of all runs that are open.
+        """
+        self.take(records)
+        known = {record.run.id for record in records}
+        # With a sound journal everything that bears our mark is in it.
+        if lost := {run_id: ref for run_id, ref in marked.items() if run_id not in known}:
+            runs.start_soon(self.take_marked, lost)
+        open_runs = known | marked.keys()
+        if left := set(groups) - open_runs:
+            runs.start_soon(self.clear_groups, left)
+        return open_runs
 
     def take(self, records: Sequence[Record]) -> None:
         """Goes on with the runs of the journal."""

@@ -27,8 +27,8 @@ _log = logging.getLogger("flow-agent")
 class Roster:
     """Every run that has been admitted and is not closed.
 
-    Owns that map (slots are counted from it, never kept beside it), which offers to leave alone for a while, and which
-    suspended runs were ours.
+    Owns the limit and that map (slots are counted from it, never kept beside it), which offers to leave alone for a while,
+    and which suspended runs were ours.
     """
 
     def __init__(
@@ -44,6 +44,12 @@ class Roster:
         self._freed = trio.Event()
         self._nursery: trio.Nursery | None = None
         self.closed: dict[Outcome, int] = {}
+
+    def use(self, limit: int | None) -> None:
+        """Another limit. Runs beyond it go on; there is no free slot until enough of them have ended."""
+        if limit != self._limit:
+            self._limit = limit
+            self._ring()  # whoever waits for a free slot shall look
 
     def open(self, nursery: trio.Nursery) -> None:
         """Runs live in this nursery from now on."""
@@ -64,7 +70,8 @@ class Roster:
             return 0
         free = UNLIMITED if self._limit is None else self._limit - len(self._runs)
         if work is not None and work.limit is not None:
-            free = min(free, work.limit - sum(run.work is work for run in self._runs.values()))
+            # By its name: a run keeps the table as it was when the run began, and counts in what has become of it.
+            free = min(free, work.limit - sum(str(run.work) == str(work) for run in self._runs.values()))
         return max(0, free)
 
     def describe(self) -> str:
@@ -97,8 +104,7 @@ class Roster:
             outcome = await run.live()
         finally:
             del self._runs[run.id]
-            self._freed.set()
-            self._freed = trio.Event()
+            self._ring()
         self.closed[outcome] = self.closed.get(outcome, 0) + 1
         if run.refused is not None:
             self._rest(run, run.refused)
@@ -108,8 +114,12 @@ class Roster:
                 del self._suspended[next(iter(self._suspended))]
 
     async def wait_slot_freed(self) -> None:
-        """Returns when the next run has closed."""
+        """Returns when the next run has closed, or the limit is another."""
         await self._freed.wait()
+
+    def _ring(self) -> None:
+        self._freed.set()
+        self._freed = trio.Event()
 
     # --- offers to leave alone ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from uuid import uuid4
 
 import trio
@@ -160,8 +161,7 @@ class Run:
             ended = await self._attempt.pick_up() or await self._never_started()
         while ended is not None or not self._wish.asked.is_set():
             if ended is None:
-                await self._starting(facts.starts + 1)
-                job, refusal = await self._unless_stopped(self._prepare)
+                job, refusal = await self._unless_stopped(partial(self._prepare, facts.starts + 1))
                 if refusal is not None:
                     return None, refusal, facts
                 if job is None:
@@ -180,10 +180,6 @@ class Run:
                 await self._wish.asked.wait()
         return None, Relaunch(), facts
 
-    async def _starting(self, attempt: int) -> None:
-        if self.phase != Starting(attempt=attempt):  # an earlier agent may have got as far
-            await self._entry.to(Starting(attempt=attempt))
-
     async def _never_started(self) -> Facts | None:
         """A run that was about to be started when an earlier agent died, without a process now: None when it never had one."""
         assert isinstance(self.phase, Starting)
@@ -191,8 +187,13 @@ class Run:
         _, decision = await self._ending.look(gone)
         return None if isinstance(decision, Relaunch) else replace(gone, starts=self.phase.attempt)
 
-    async def _prepare(self) -> tuple[Job | None, Report | None]:
-        """How to start the run, or why it cannot be; meanwhile the server is told that somebody is about to start it."""
+    async def _prepare(self, attempt: int) -> tuple[Job | None, Report | None]:
+        """How to start the run, or why it cannot be; meanwhile the server is told that somebody is about to start it.
+
+        Waits for room on the disk, however long.
+        """
+        if self.phase != Starting(attempt=attempt):  # an earlier agent may have got as far
+            await self._entry.to(Starting(attempt=attempt))
         if self._entry.record.job is not None:
             return self._entry.record.job, None  # started before
         async with trio.open_nursery() as nursery:

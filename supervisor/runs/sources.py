@@ -27,7 +27,7 @@ _log = logging.getLogger("flow-agent")
 
 
 class Source:
-    """One `[[work]]` table. Owns what was last read of it, and what has been said about it."""
+    """One `[[work]]` table. Owns how it stands now, what was last read of it, and what has been said about it."""
 
     def __init__(self, work: Work, backend: Backend) -> None:
         self.work = work
@@ -41,6 +41,12 @@ class Source:
 
     def __str__(self) -> str:
         return str(self.work)
+
+    def use(self, work: Work) -> None:
+        """The same table with other limits or flows. It is looked up again: it may now say that what is missing be made."""
+        if work != self.work:
+            self.work = work
+            self._read_at = None
 
     @property
     def pool(self) -> Pool | None:

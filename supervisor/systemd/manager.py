@@ -1,4 +1,7 @@
-"""What systemd is about to do with us: asked when it has told us to stop, for a SIGTERM does not say why."""
+"""What systemd is about to do with us: asked when it has told us to stop, for a SIGTERM does not say why.
+
+And asked again while we stop, for another order replaces the first one in its queue and no second signal tells us.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ _ENDS = frozenset(
     for name in ("shutdown", "poweroff", "reboot", "soft-reboot", "halt", "kexec", "final", "umount", "exit")
 )
 _RESTARTS = frozenset({"restart", "try-restart", "reload-or-restart"})
+_START = ("start", "waiting")  # of our own unit: it takes the place of the stop that we were told of
 _log = logging.getLogger("flow-agent")
 
 
@@ -96,8 +100,9 @@ def read_jobs(text: str, unit: str | None) -> Intent:
         match line.split():
             case [number, name, "start", _] if number.isdigit() and name in _ENDS:
                 return Intent.SHUTDOWN
-            case [number, name, kind, _] if number.isdigit() and name == unit and kind in _RESTARTS:
-                found = Intent.RESTART
+            case [number, name, kind, state] if number.isdigit() and name == unit:
+                if kind in _RESTARTS or (kind, state) == _START:
+                    found = Intent.RESTART
     return found
 
 

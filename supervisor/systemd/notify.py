@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 
 import trio
@@ -47,8 +48,13 @@ class Notifier:
         return cls(environ.get("NOTIFY_SOCKET"))
 
     def ready(self, status: str) -> None:
-        """Start-up is over."""
+        """Start-up is over, or a reload."""
         self._send(f"READY=1\n{self._status_line(status)}", keep=True)
+
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` ends that, whatever has come of it."""
+        # The time by which the manager knows whether this is about the reload it has asked for.
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}", keep=True)
 
     def stopping(self, status: str) -> None:
         """Shutdown has begun."""
@@ -58,6 +64,10 @@ class Notifier:
         """One line for `systemctl status`; sent only when it differs from the last one."""
         if _one_line(text) != self._status:
             self._send(self._status_line(text))
+
+    def extend(self, seconds: float) -> None:
+        """The start or stop that is under way is not to be given up before so many seconds from now."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def watchdog(self) -> None:
         """We make progress."""
@@ -88,6 +98,9 @@ class Notifier:
 
     def _send(self, message: str, *, keep: bool = False) -> None:
         if self._socket is None or self._address is None:
+            return
+        if keep and self._owed:  # READY=1 must not overtake the RELOADING=1 before it
+            self._owed.append(message)
             return
         try:
             self._socket.sendto(message.encode(), self._address)

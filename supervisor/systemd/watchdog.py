@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import trio
 
+from supervisor.systemd import stacks
 from supervisor.systemd.notify import Notifier
+
+MORE_SECONDS = (
+    60.0  # what is asked for at once while we start or stop: an agent that hangs then is killed after as long
+)
+MORE_EVERY = 15.0  # how often: one message that is lost, or late, costs nothing
+SUSPICIOUS = 2 / 3  # of the manager's limit without a turn of the event loop, and it is said where it stands still
 
 _log = logging.getLogger("flow-agent")
 
@@ -73,15 +82,52 @@ class Watchdog:
         if self.seconds is None:
             return
         said: list[str] = []
+        with stacks.Sentry(self.seconds * SUSPICIOUS) as sentry:
+            while True:
+                sentry.turned()
+                late = self.late()
+                self._say(late, said)
+                said = late
+                if not late:
+                    self._notifier.watchdog()
+                await trio.sleep(self.seconds / (10 if late else 2))
+
+    def _say(self, late: list[str], said: list[str]) -> None:
+        if late and late != said:
+            _log.error(
+                "no progress in: %s. The service manager's watchdog is not fed until that changes", ", ".join(late)
+            )
+        elif said and not late:
+            _log.warning("progress again in: %s", ", ".join(said))
+        root = trio.lowlevel.current_root_task()
+        if late and not said and root is not None:
+            _log.error("where every task stands\n%s", stacks.describe(root, threading.get_ident()))
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around that part of the start which may take long by rights. What follows it has as much time once more."""
+        asking = trio.CancelScope()
+
+        async def ask() -> None:
+            with asking:
+                await self.ask_for_time(lambda: True)
+
+        trio.lowlevel.spawn_system_task(ask)  # a nursery would wrap what is raised here in a group
+        try:
+            yield
+        finally:
+            asking.cancel()
+        self._notifier.extend(MORE_SECONDS)
+
+    async def ask_for_time(self, wanted: Callable[[], bool], since: trio.Event | None = None) -> None:
+        """Service: while `wanted`, asks the manager for more time than the unit gives for a start or a stop.
+
+        In small steps and only while no loop is late: so a long drain is not cut off, and one that hangs is ended soon. The
+        first step is as soon as `since` is set, for what the unit gives may be less than one step.
+        """
+        if since is not None:
+            await since.wait()
         while True:
-            late = self.late()
-            if late and late != said:
-                _log.error(
-                    "no progress in: %s. The service manager's watchdog is not fed until that changes", ", ".join(late)
-                )
-            elif said and not late:
-                _log.warning("progress again in: %s", ", ".join(said))
-            said = late
-            if not late:
-                self._notifier.watchdog()
-            await trio.sleep(self.seconds / (10 if late else 2))
+            if wanted() and not self.late():
+                self._notifier.extend(MORE_SECONDS)
+            await trio.sleep(MORE_EVERY)

@@ -20,7 +20,8 @@ _NEWEST = 3  # the generation assumed where a server does not tell: Prefect Clou
 class RestBackend:
     """One server.
 
-    Mutable state, changed here only: which server answered `hello`, and that it has no place for events.
+    Mutable state, changed here only: what `{{ $NAME }}` is filled from, which server answered `hello`, and that it has no
+    place for events.
     """
 
     def __init__(self, api: Api, environ: Mapping[str, str] | None = None) -> None:
@@ -29,6 +30,10 @@ class RestBackend:
         self._environ = dict(environ or {})
         self._server: Server | None = None
         self._events = True
+
+    def use(self, environ: Mapping[str, str]) -> None:
+        """What `{{ $NAME }}` is filled from, from now on."""
+        self._environ = dict(environ)
 
     async def hello(self) -> Server:
         try:
