@@ -1,26 +1,28 @@
-"""Runs one function of `tests.test_logs_disk` on a small file system of its own, and says what it returned.
+"""Runs one function of a test module on a small file system of its own, and says what it returned.
 
 The file system is mounted in a namespace of its own, so it is gone with the process, whatever happens.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
 
-def on_small_disk(kind: str, function: str, folder: Path) -> Any:
+def on_small_disk(kind: str, function: Callable[[Path], Any], folder: Path) -> Any:
     """What the function returns, given the mounted folder. `kind` is tmpfs (4 MB) or ramfs (no holes, no reserves)."""
     namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     size = ["-o", "size=4m"] if kind == "tmpfs" else []
-    inside = 'mount -t "$1" $2 $3 none "$4" && exec "$5" -m tests.small_disk "$6" "$4"'
-    arguments = [kind, *(size or ["", ""]), str(folder), sys.executable, function]
+    inside = 'mount -t "$1" $2 $3 none "$4" && exec "$5" -m tests.small_disk "$6" "$7" "$4"'
+    arguments = [kind, *(size or ["", ""]), str(folder), sys.executable, function.__module__, function.__name__]
     command = [*namespace, "sh", "-c", inside, "sh", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -28,6 +30,5 @@ def on_small_disk(kind: str, function: str, folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    from tests import test_logs_disk
-
-    print(json.dumps(getattr(test_logs_disk, sys.argv[1])(Path(sys.argv[2]))))
+    module, function, folder = sys.argv[1:]
+    print(json.dumps(getattr(importlib.import_module(module), function)(Path(folder))))

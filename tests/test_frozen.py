@@ -52,7 +52,7 @@ def test_an_agent_that_is_ready_imports_nothing_more(
     api.cancel(sleeper)
     api.wait_for_state(sleeper, "CANCELLED")
     agent.send(signal.SIGHUP)
-    agent.wait_for_log("configuration")
+    agent.wait_for_log("reloaded")
     assert agent.stop() == 0
     assert lines(imports)[seen:] == []
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from supervisor.cli.check import check
+from supervisor.cli.install import install
 from supervisor.cli.runs import runs
 from supervisor.cli.start import start
 from supervisor.cli.version import version
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(start)
 app.command()(check)
 app.command()(runs)
+app.command()(install)
 app.command()(version)
 
 

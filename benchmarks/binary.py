@@ -1,0 +1,79 @@
+"""The packed binary in figures: size, time to start, memory while idle, oldest glibc.
+
+    .venv/bin/python -m benchmarks.binary [ROUNDS]
+
+Builds what `make binary` builds. Start is the median time of `flow-agent version` with the file in memory; idle is the
+proportional set size (PSS) of all processes of an agent that polls an empty pool of a real Prefect server.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.idle_memory import SETTLE_SECONDS, VERSION, pss_megabytes
+from tests.binaries import FORMS, binary, dist, recipe
+from tests.servers import Api, PrefectServer, clean_environ
+
+
+def size_megabytes(path: Path) -> float:
+    """Of the one file, or of all files of the folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink()) / 1e6
+
+
+def start_seconds(program: Path, rounds: int) -> list[float]:
+    """How long `version` takes, each round; one more before them warms up."""
+    found = []
+    for _ in range(rounds + 1):
+        before = time.perf_counter()
+        subprocess.run([program, "version"], check=True, capture_output=True, env=clean_environ())
+        found.append(time.perf_counter() - before)
+    return found[1:]
+
+
+def idle_megabytes(program: Path, server: PrefectServer, pool: str) -> float:
+    """PSS of the agent and its start program after it has polled for a while."""
+    with tempfile.TemporaryDirectory() as home:
+        settings = {"FLOW_AGENT_AGENT_STATE_DIR": f"{home}/state", "FLOW_AGENT_FLOWS_PYTHON": str(server.python)}
+        command = [str(program), "start", "--pool", pool, "--api", server.url]
+        agent = subprocess.Popen(
+            command, env=clean_environ(**settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            time.sleep(SETTLE_SECONDS)
+            if agent.poll() is not None:
+                raise SystemExit(f"{program} ended at once with {agent.returncode}")
+            return pss_megabytes(agent.pid)
+        finally:
+            agent.terminate()
+            agent.wait(30)
+
+
+def main(rounds: int) -> None:
+    server = PrefectServer(VERSION).start()
+    try:
+        api = Api(server)
+        pool = api.create_pool()
+        api.close()
+        print(f"{'':10} {'size':>9} {'start':>8} {'fastest':>8} {'idle PSS':>10} {'glibc':>6}")
+        for form, name in FORMS.items():
+            program = binary(form)
+            path = dist() / Path(name).parts[0]
+            starts = start_seconds(program, rounds)
+            floor = ".".join(map(str, recipe().glibc.floor(path)))
+            print(
+                f"{form:10} {size_megabytes(path):6.1f} MB {statistics.median(starts):6.3f} s {min(starts):6.3f} s "
+                f"{idle_megabytes(program, server, pool):7.1f} MB {floor:>6}",
+                flush=True,
+            )
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

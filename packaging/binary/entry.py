@@ -1,0 +1,5 @@
+"""What the packed binary runs."""
+
+from supervisor.cli import main
+
+main()
