@@ -1,7 +1,12 @@
 # make test    everything: lint, then all tests against real Prefect servers and engines
 # make lint    ruff and mypy
 # make torture kills agents at every failpoint and 200 times at random; SEED=n, KILLS=n, MINUTES=n
+# make units   the packages and units on booted Debians, each system with each form of the binary; needs root
+# make packages .deb, .rpm and .tar.gz in dist/
+# make release all that the page of a release holds in dist/release/, and a table of it
+# make generate completions and agent.toml(5) after a change of commands or docs/configuration.md
 # make bench   flow-agent beside the real Prefect worker, in one session, as ratios
+# make binary  dist/flow-agent and dist/onedir/: what people download, and what the packages hold
 # make demo    a Prefect server, the agent and three flow runs, shown live and removed again
 #
 # Nothing is installed outside .venv and the test cache (~/.cache/flow-agent-tests, or $FLOW_AGENT_TEST_CACHE).
@@ -9,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench demo test torture lint envs
+.PHONY: bench binary demo test torture units lint envs machines packages release generate
 
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
@@ -22,7 +27,8 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
-test: lint envs $(VENV)/.dev
+test:
+	@$(MAKE) --no-print-directory --jobs 4 lint envs machines binary  # at once: much of it is waiting for the network
 	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations=15
 
 lint: $(VENV)/.dev
@@ -33,6 +39,21 @@ lint: $(VENV)/.dev
 torture: envs $(VENV)/.dev
 	$(VENV)/bin/python -m tests.torture --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS)) $(if $(MINUTES),--minutes $(MINUTES))
 
+units: envs machines
+	FLOW_AGENT_ALL_UNITS=1 $(VENV)/bin/python -m pytest --numprocesses 2 -rP tests/test_units.py
+
+binary: $(VENV)/.dev
+	$(VENV)/bin/python packaging/binary/build.py
+
+packages: binary
+	$(VENV)/bin/python packaging/build.py
+
+release: binary
+	$(VENV)/bin/python packaging/release.py
+
+generate: $(VENV)/.dev
+	$(VENV)/bin/python packaging/generate.py
+
 demo: $(VENV)/.installed
 	$(VENV)/bin/flow-agent demo --python "$$($(VENV)/bin/python tests/envs.py $(DEMO))"
 
@@ -41,6 +62,9 @@ bench: $(VENV)/.dev
 
 envs: $(VENV)/.dev  # two at a time: some of it is waiting for the network
 	@printf '%s\n' $(SERVERS) $(ENGINES) | xargs -P 2 -n 1 $(VENV)/bin/python tests/envs.py >/dev/null
+
+machines: $(VENV)/.dev
+	@printf '%s\n' bookworm trixie | xargs -P 2 -n 1 $(VENV)/bin/python -m tests.machines >/dev/null
 
 # An older pip does not know dependency groups, so a new one comes first.
 $(VENV)/.installed: pyproject.toml
@@ -52,5 +76,5 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --quiet --group dev
+	$(PIP) install --quiet --group dev --group release
 	@touch $@
