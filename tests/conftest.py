@@ -20,6 +20,7 @@ import trio.testing
 
 from tests import envs
 from tests.agents import AgentProcess, config_for
+from tests.machines import Machine
 from tests.releases import VERSIONS
 from tests.servers import Api, PrefectServer, processes_with
 
@@ -132,6 +133,20 @@ def agent_process() -> Iterator[Callable[..., AgentProcess]]:
         except AssertionError as error:
             errors.append(str(error))
     assert not errors, "\n".join(errors)
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
+    """boot("bookworm") is a machine that is up. At the end nothing of it is left."""
+    machines: list[Machine] = []
+
+    def start(suite: str) -> Machine:
+        machines.append(Machine(suite, tmp_path))
+        return machines[-1].boot()
+
+    yield start
+    for machine in machines:
+        machine.close()
 
 
 @pytest.fixture
