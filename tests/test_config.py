@@ -484,6 +484,17 @@ def test_a_secret_that_cannot_be_sent_is_refused_unquoted(tmp_path: Path, conten
     assert "hush" not in str(caught.value)
 
 
+def test_a_working_directory_that_is_gone_is_said(
+    tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    with pytest.raises(ConfigError, match="this working directory was removed; change to another one"):
+        load(None, environ=environ, flags={"work": [{"pool": "p"}]})
+
+
 def test_what_is_unwise_is_a_warning(tmp_path: Path, environ: dict[str, str]) -> None:
     (tmp_path / "key").write_text("k")
     (tmp_path / "key").chmod(0o644)

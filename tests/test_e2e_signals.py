@@ -111,6 +111,8 @@ def test_the_third_signal_kills_and_goes_even_when_nobody_can_be_told(
         assert agent.wait(15) == 1
         assert time.monotonic() - third < 10
         assert agent.run_processes() == []
+        assert "ended by SIGKILL" in agent.log()
+        assert "OOM" not in agent.log()  # nobody shall look for a lack of memory: it was us
         if reachable:
             assert api.state(run) == "CANCELLED"
 

@@ -86,8 +86,9 @@ class BuildFailed(Exception):
 
 def cache() -> Path:
     """Where the tests keep what is costly to make."""
-    named = os.environ.get("FLOW_AGENT_TEST_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "flow-agent-tests"
+    if named := os.environ.get("FLOW_AGENT_TEST_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-agent-tests"
 
 
 def why_no_root() -> str | None:

@@ -14,7 +14,15 @@ from typing import Any
 from supervisor.config import Agent, Api, Config, Flows, Output, Poll, Stop, Work
 from supervisor.config.checks import Place, find_program, url
 from supervisor.config.keys import KEYS
-from supervisor.config.layers import FILE_VARIABLE, Layer, Mistakes, from_environ, from_file, from_flags
+from supervisor.config.layers import (
+    FILE_VARIABLE,
+    Layer,
+    Mistakes,
+    from_environ,
+    from_file,
+    from_flags,
+    working_directory,
+)
 from supervisor.config.secrets import credentials, warnings
 from supervisor.errors import ConfigError
 
@@ -86,7 +94,7 @@ def _merge(layers: list[Layer], environ: Mapping[str, str], mistakes: Mistakes, 
     _check_api(where, mistakes)
 
     tables = next((layer.work for layer in reversed(layers) if layer.work is not None), [])
-    python = find_program("python3", Place(Path.cwd(), environ))
+    python = find_program("python3", Place(working_directory(), environ))
     named = ["python" in table for table in tables] or [True]
     if python is None and "flows.python" not in where and not all(named):
         mistakes.add(

@@ -17,6 +17,7 @@ from supervisor.config.checks import Place, words
 from supervisor.config.keys import KEYS, Kind
 from supervisor.config.lines import Lines
 from supervisor.config.secrets import SECRET_VARIABLES
+from supervisor.errors import ConfigError
 
 PREFIX = "FLOW_AGENT_"
 FILE_VARIABLE = "FLOW_AGENT_CONFIG"
@@ -76,13 +77,23 @@ def variable(section: str, key: str) -> str:
     return f"{PREFIX}{section}_{key}".upper()
 
 
+def working_directory() -> Path:
+    """Where relative paths of variables and flags start. Raises `ConfigError` where it has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError(
+            "cannot tell where we are: this working directory was removed; change to another one"
+        ) from None
+
+
 def from_file(path: Path, environ: Mapping[str, str], mistakes: Mistakes) -> Layer:
     """The file's tables. Relative paths in it start at its own folder."""
     text, document = _parse(path, mistakes)
     if document is None:
         # Nothing is known about it; a table of its own keeps "no work" from being a second complaint.
         return Layer({}, {}, [{}])
-    reader = _FileReader(path, Lines(text), Place(Path.cwd() / path.parent, environ), mistakes)
+    reader = _FileReader(path, Lines(text), Place(working_directory() / path.parent, environ), mistakes)
     sections = {name: reader.section(name, value) for name, value in document.items() if name != "work"}
     work = reader.work(document["work"]) if "work" in document else []
     return Layer(sections, reader.where, work or None)
@@ -164,7 +175,7 @@ def _parse(path: Path, mistakes: Mistakes) -> tuple[str, Table | None]:
 
 
 def from_environ(environ: Mapping[str, str], mistakes: Mistakes) -> Layer:
-    place = Place(Path.cwd(), environ)
+    place = Place(working_directory(), environ)
     known = {
         variable(section, key): (section, key, kind) for section, kinds in KEYS.items() for key, kind in kinds.items()
     }
@@ -187,7 +198,7 @@ def from_environ(environ: Mapping[str, str], mistakes: Mistakes) -> Layer:
 
 
 def from_flags(flags: Mapping[str, object], environ: Mapping[str, str], mistakes: Mistakes) -> Layer:
-    place = Place(Path.cwd(), environ)
+    place = Place(working_directory(), environ)
     sections: dict[str, Table] = {}
     where: dict[str, str] = {}
     work: list[Table] = []

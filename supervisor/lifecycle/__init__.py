@@ -57,6 +57,12 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
         """From the convention of Python's subprocess: negative means a signal."""
         return cls(signal=-returncode) if returncode < 0 else cls(code=returncode)
 
+    def as_told(self) -> Exit:
+        """Of a process that we have told to end: without what people usually find behind such a signal."""
+        if self.signal is None or self.note:
+            return self
+        return Exit(signal=self.signal, note=f"ended by {_signal_name(self.signal)}")
+
     def __str__(self) -> str:
         if self.note:
             return self.note

@@ -145,16 +145,17 @@ class Attempt:
         if launched.session is not None:
             launched.session.close()
         await end_leftovers(self._id, child.ref, grace=LEFTOVER_GRACE_SECONDS, group=self.group)
-        how = self._killed_for_memory(how)
+        how = self._explained(how)
         self._log.info("process %d %s", child.ref.pid, how)
         return self._facts(how, launched.runs_own_hooks)
 
-    def _killed_for_memory(self, how: Exit) -> Exit:
-        """Tells the kernel's OOM killer apart from everybody else who may have killed the process."""
-        killed = how.signal == signal.SIGKILL and not self._wish.asked.is_set()
-        if not killed or self.group is None or not self.group.oom_kills():
-            return how
-        return Exit(signal=how.signal, note="was killed by the kernel because memory ran out (OOM)")
+    def _explained(self, how: Exit) -> Exit:
+        """With what we know of a signal beyond what people usually find behind it."""
+        if self._wish.asked.is_set():
+            return how.as_told()
+        if how.signal == signal.SIGKILL and self.group is not None and self.group.oom_kills():
+            return Exit(signal=how.signal, note="was killed by the kernel because memory ran out (OOM)")
+        return how
 
     def _facts(self, how: Exit, runs_own_hooks: bool) -> Facts:
         return Facts(
