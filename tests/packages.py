@@ -23,9 +23,8 @@ NEXT = "99.0.0"  # a version to upgrade to
 
 @functools.cache
 def onedir() -> Path:
-    """The tree that goes into them; with FLOW_AGENT_DIST that of another build."""
-    named = os.environ.get("FLOW_AGENT_DIST")
-    return (Path(named) if named else dist()) / "onedir"
+    """The tree that goes into them."""
+    return dist() / "onedir"
 
 
 @functools.cache
