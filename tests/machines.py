@@ -34,7 +34,6 @@ PREFECT = "3.8.8"
 _PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "sudo", "curl")
 _IDLE = ("console-getty.service", "apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "fstrim.timer")
 _SITE = Path("opt/prefect")
-_UV = "uv==0.13.*"  # installs for a Python that is not its own, in a tenth of pip's time
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _COMMANDS = ("systemd-nspawn", "mmdebstrap", "nsenter")
 
@@ -59,7 +58,7 @@ def root_directory(suite: str) -> Path:
     Raises `subprocess.CalledProcessError` when a step fails. Safe against a second caller at the same time.
     """
     recipe = [inspect.getsource(step) for step in (_bootstrap, _add_prefect)] + [envs.CONSTRAINTS.read_text()]
-    recipe += [*_PACKAGES, *_IDLE, PREFECT, SUITES[suite], _UV]
+    recipe += [*_PACKAGES, *_IDLE, PREFECT, SUITES[suite]]
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:8]
     root = envs.cache() / f"machine-{suite}-{digest}"
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -109,20 +108,9 @@ def _bootstrap(suite: str, root: Path) -> None:
 def _add_prefect(suite: str, root: Path) -> None:
     """Prefect for the system's own Python, compiled: who runs flows there may not write to it."""
     site = root / _SITE
-    uv = envs.cache() / "uv"
-    with _locked(uv, fcntl.LOCK_EX):
-        if not (uv / "bin/uv").exists():
-            pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
-            subprocess.run([*pip, "--target", uv, _UV], check=True, stdout=sys.stderr)
-    subprocess.run(
-        [
-            *(uv / "bin/uv", "pip", "install", "--quiet", "--target", site, "--link-mode", "copy"),
-            *("--cache-dir", envs.cache() / "uv-cache", "--python-version", SUITES[suite], "--only-binary", ":all:"),
-            *("--constraint", envs.CONSTRAINTS, f"prefect=={PREFECT}"),
-        ],
-        check=True,
-        stdout=sys.stderr,
-    )
+    elsewhere = ["--target", str(site), "--python-version", SUITES[suite], "--only-binary", ":all:"]
+    what = ["--constraint", str(envs.CONSTRAINTS), f"prefect=={PREFECT}"]
+    envs.install(Path(sys.executable), *elsewhere, *what, only_uv=["--link-mode", "copy"])
     (root / "usr/lib/python3/dist-packages/prefect.pth").write_text(f"/{_SITE}\n")
     imports = "import prefect.engine, prefect.flow_engine, sqlite3, ssl"
     subprocess.run(["/usr/sbin/chroot", root, "/usr/bin/python3", "-c", imports], env={}, check=True, stdout=sys.stderr)

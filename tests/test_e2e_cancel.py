@@ -189,6 +189,7 @@ def test_when_the_server_shows_cancelled_no_child_of_the_run_lives(
     wait_gone(agent)
 
 
+@with_one_release
 def test_a_run_that_ignores_the_signal_is_killed_when_its_grace_is_over(
     prefect_server: PrefectServer,
     api: Api,

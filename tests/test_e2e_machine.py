@@ -275,6 +275,7 @@ def test_an_agent_that_hangs_says_where_and_its_run_goes_on_without_it(scene: Sc
     scene.agent.wait_for_log(f"still running as process {pid}")
     scene.let_go()
     scene.api.wait_for_state(run, "COMPLETED")
+    wait_until(lambda: not alive(pid), 20, "its process has gone")
     scene.check(run, "COMPLETED")
 
 

@@ -89,6 +89,7 @@ def test_an_agent_started_without_its_server_waits_for_it(
     check_said_once(agent)
 
 
+@with_one_release
 def test_runs_that_end_during_an_outage_are_reported_after_it_and_the_others_go_on(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
 ) -> None:
@@ -192,14 +193,15 @@ def test_wrong_credentials_are_said_once_and_right_ones_are_taken_from_the_file_
         refused = on("*", ".*", Status(401, {}, {"exception_message": "Unauthorized"}))
         faults.rules.append(refused)
         wait_until(lambda: refused.hits >= 4, 30, "some more polls", more=agent.log)
-        assert len(lines(agent, "we keep asking")) == 2
+        # Once a loss; an answer that was on its way may have ended one and begun another.
+        assert len(lines(agent, "we keep asking")) == len(lines(agent, BACK)) + 1
         process = process_of(first)
         secret.write_text("agent:right")
         faults.rules.clear()
         api.cancel(first)
         check_runs(api, [agent], trace, {first: "CANCELLED"}, 60)
         assert not process.is_running()
-        assert len(lines(agent, BACK)) == 2
+        assert len(lines(agent, BACK)) == len(lines(agent, "we keep asking"))
         assert "agent:" not in agent.log()
         assert agent.stop() == 0
     api.close()

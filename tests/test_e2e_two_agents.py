@@ -37,7 +37,13 @@ def check_shared(agents: list[AgentProcess], runs: list[str]) -> None:
     assert all(by_agent), "one agent took everything"
 
 
-@pytest.mark.parametrize("kind", ["queue", "pool"])
+# Each release and each kind once: how a claim is settled differs by the one, how work is found by the other.
+@pytest.mark.parametrize(
+    ("prefect_server", "kind"),
+    [("3.8.8", "pool"), ("2.20.26", "queue")],
+    ids=["3.8-pool", "2.20-queue"],
+    indirect=["prefect_server"],
+)
 def test_two_agents_execute_sixty_quick_runs_once_each(
     kind: str, api: Api, prefect_server: PrefectServer, agent_process: Start, tmp_path: Path
 ) -> None:
