@@ -53,7 +53,7 @@ def _thread_stack(thread: int) -> list[str]:
 def _task(task: trio.lowlevel.Task, indent: str) -> list[str]:
     lines = [f"{indent}- {task.name}", *(f"{indent}    {place}" for place in _places(task))]
     for nursery in task.child_nurseries:
-        below = [_task(child, f"{indent}  ") for child in nursery.child_tasks]
+        below = [_task(child, f"{indent}  ") for child in sorted(nursery.child_tasks, key=lambda child: child.name)]
         for text, count in Counter("\n".join(child) for child in below).items():
             first, *rest = text.split("\n")
             lines += [f"{first} ({count} of them)" if count > 1 else first, *rest]
