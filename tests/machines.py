@@ -212,7 +212,8 @@ class Machine:
         assert self._init is not None
         become = ["runuser", "-u", user, "--"] if user else []
         done = subprocess.run(
-            ["nsenter", "--target", str(self._init.pid), "--all", "--wd=/", *become, *map(str, command)],
+            # nsenter's own --wd=/ is the root directory of the host.
+            ["nsenter", "--target", str(self._init.pid), "--all", "env", "--chdir=/", *become, *map(str, command)],
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
