@@ -403,3 +403,14 @@ def lives(seconds: float, started: list[tuple[str, float]] | None = None) -> Sta
         return ShortRun(offered, source, seconds)
 
     return start
+
+
+class QuietTeller:
+    """A teller whose events nobody hears; keeps them."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    async def worker(self, event: str, pool: Any, follows: str | None = None) -> str | None:
+        self.events.append((event.rpartition(".")[2], pool.name))
+        return None

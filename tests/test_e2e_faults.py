@@ -36,6 +36,7 @@ from tests.faultserver import (
     wrong_json,
 )
 from tests.invariants import check_agent, check_runs, executions
+from tests.releases import with_one_release
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until
 
@@ -115,6 +116,7 @@ def test_a_claim_that_arrives_after_somebody_else_ran_the_run_is_taken_back(
     check_agent(agent)
 
 
+@with_one_release
 def test_faults_at_each_step_of_a_run_change_neither_its_one_execution_nor_its_end(
     api: Api, faults: ThreadedFaultServer, agent_behind: Start, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.agents import AgentProcess
 from tests.invariants import check_agent, check_runs, executions, lines
+from tests.releases import with_one_release
 from tests.servers import Api, PrefectServer
 from tests.waiting import wait_until
 
@@ -69,6 +70,7 @@ def test_two_agents_execute_sixty_quick_runs_once_each(
     check_shared(agents, runs)
 
 
+@with_one_release
 def test_two_agents_execute_real_runs_once_each(
     api: Api, prefect_server: PrefectServer, agent_process: Start, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ from supervisor.runs.roster import Roster
 from supervisor.runs.sources import Source
 from supervisor.systemd.notify import Notifier
 from tests.agents import NotifySocket
-from tests.fakes import FakeBackend, QuietPulse, lives, offer, on_jumping_clock, poller_of, roster_of, work
+from tests.fakes import FakeBackend, QuietPulse, QuietTeller, lives, offer, on_jumping_clock, poller_of, roster_of, work
 
 TOP = Path(__file__).parent.parent
 PYTHON = Path("/nowhere/python")
@@ -504,17 +504,6 @@ async def test_live_runs_count_in_the_limit_of_what_has_become_of_their_table_an
         assert roster.free(pollers.sources[0].work) == 1
         assert roster.free() == 6, "runs of the table that is gone still take slots"
         nursery.cancel_scope.cancel()
-
-
-class QuietTeller:
-    """A teller whose events nobody hears; keeps them."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, str]] = []
-
-    async def worker(self, event: str, pool: Any, follows: str | None = None) -> str | None:
-        self.events.append((event.rpartition(".")[2], pool.name))
-        return None
 
 
 @on_jumping_clock

@@ -24,7 +24,7 @@ _log = logging.getLogger("flow-agent")
 class Heartbeat:
     """Speaks for the agent as a worker of the pools it serves.
 
-    Owns which pools these are, how often they hear of us, and which have heard that we started.
+    Owns which pools these are, how often they hear of us, which have heard that we started, and that we have said good-bye.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Heartbeat:
         self._backoff = Backoff(poll.heartbeat_seconds, cap=poll.max_backoff_seconds, jitter=0.0)
         self._known: dict[str, tuple[Pool, str | None]] = {}  # by name, with the event that said we started
         self._nap = trio.CancelScope()
+        self._speaking = trio.Lock()
+        self._is_over = False
 
     def use(self, sources: Sequence[Source], poll: Poll) -> None:
         """Speaks to the pools of these sources from now on. Those that are no longer among them hear a good-bye."""
@@ -74,6 +76,11 @@ class Heartbeat:
                 await trio.sleep_forever()
 
     async def _beat(self, pool: Pool) -> None:
+        async with self._speaking:
+            if not self._is_over:
+                await self._say_we_live(pool)
+
+    async def _say_we_live(self, pool: Pool) -> None:
         try:
             await self._backend.heartbeat(pool.name, self._worker, self._interval)
         except NotFound:
@@ -88,7 +95,14 @@ class Heartbeat:
                 self._known[pool.name] = pool, await self._teller.worker("prefect.worker.started", pool)
 
     async def sign_off(self) -> None:
-        """Takes the worker off its pools' lists, so that nobody takes it for lost. Bounded, and silent about failures."""
+        """Takes the worker off its pools' lists, so that nobody takes it for lost. Bounded, and silent about failures.
+
+        It is the last that they hear of us: a heartbeat after it would put us on the list again.
+        """
+        self._is_over = True
+        with trio.move_on_after(SIGN_OFF_SECONDS):
+            async with self._speaking:  # one may be on its way
+                pass
         await self._leave(set())
 
     async def _leave(self, keep: Collection[str | None]) -> None:
