@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.idle_memory import SETTLE_SECONDS, VERSION, pss_megabytes
+from benchmarks.idle_memory import VERSION, agent_command, idle_megabytes
 from tests.binaries import FORMS, binary, dist, recipe
 from tests.servers import Api, PrefectServer, clean_environ
 
@@ -36,22 +36,10 @@ def start_seconds(program: Path, rounds: int) -> list[float]:
     return found[1:]
 
 
-def idle_megabytes(program: Path, server: PrefectServer, pool: str) -> float:
-    """PSS of the agent and its start program after it has polled for a while."""
+def idle(program: Path, server: PrefectServer, pool: str) -> float:
+    """PSS in MB of the agent and its start program after it has polled for a while."""
     with tempfile.TemporaryDirectory() as home:
-        settings = {"FLOW_AGENT_AGENT_STATE_DIR": f"{home}/state", "FLOW_AGENT_FLOWS_PYTHON": str(server.python)}
-        command = [str(program), "start", "--pool", pool, "--api", server.url]
-        agent = subprocess.Popen(
-            command, env=clean_environ(**settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            time.sleep(SETTLE_SECONDS)
-            if agent.poll() is not None:
-                raise SystemExit(f"{program} ended at once with {agent.returncode}")
-            return pss_megabytes(agent.pid)
-        finally:
-            agent.terminate()
-            agent.wait(30)
+        return idle_megabytes(agent_command([str(program)], server, pool, Path(home)))[0]
 
 
 def main(rounds: int) -> None:
@@ -68,7 +56,7 @@ def main(rounds: int) -> None:
             floor = ".".join(map(str, recipe().glibc.floor(path)))
             print(
                 f"{form:10} {size_megabytes(path):6.1f} MB {statistics.median(starts):6.3f} s {min(starts):6.3f} s "
-                f"{idle_megabytes(program, server, pool):7.1f} MB {floor:>6}",
+                f"{idle(program, server, pool):7.1f} MB {floor:>6}",
                 flush=True,
             )
     finally:

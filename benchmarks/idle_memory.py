@@ -36,18 +36,8 @@ def pss_megabytes(pid: int) -> float:
     return total / 1024
 
 
-def measure(server: PrefectServer, pool: str, home: Path) -> tuple[float, float]:
-    """One round: (flow-agent, prefect worker) in MB, both idle on the same pool."""
-    ours = [sys.executable, "-m", "supervisor", "start", "--pool", pool, "--api", server.url]
-    cli = "from prefect.cli import app; app()"
-    theirs = [str(server.python), "-c", cli, "worker", "start", "--pool", pool, "--type", "process"]
-    commands = [
-        (
-            ours,
-            clean_environ(FLOW_AGENT_AGENT_STATE_DIR=str(home / "state"), FLOW_AGENT_FLOWS_PYTHON=str(server.python)),
-        ),
-        (theirs, clean_environ(PREFECT_API_URL=server.url, PREFECT_HOME=str(home / "prefect"))),
-    ]
+def idle_megabytes(*commands: tuple[list[str], dict[str, str]]) -> list[float]:
+    """PSS of each command, with its environment, when all have run side by side for a while."""
     running = [
         subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for command, env in commands
@@ -57,12 +47,27 @@ def measure(server: PrefectServer, pool: str, home: Path) -> tuple[float, float]
         for process, (command, _) in zip(running, commands, strict=True):
             if process.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended at once with {process.returncode}")
-        agent, worker = (pss_megabytes(process.pid) for process in running)
+        return [pss_megabytes(process.pid) for process in running]
     finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait(30)
+
+
+def agent_command(program: list[str], server: PrefectServer, pool: str, home: Path) -> tuple[list[str], dict[str, str]]:
+    """An agent on that pool, with its environment."""
+    settings = {"FLOW_AGENT_AGENT_STATE_DIR": str(home / "state"), "FLOW_AGENT_FLOWS_PYTHON": str(server.python)}
+    return [*program, "start", "--pool", pool, "--api", server.url], clean_environ(**settings)
+
+
+def measure(server: PrefectServer, pool: str, home: Path) -> tuple[float, float]:
+    """One round: (flow-agent, prefect worker) in MB, both idle on the same pool."""
+    cli = "from prefect.cli import app; app()"
+    theirs = [str(server.python), "-c", cli, "worker", "start", "--pool", pool, "--type", "process"]
+    settings = clean_environ(PREFECT_API_URL=server.url, PREFECT_HOME=str(home / "prefect"))
+    ours = agent_command([sys.executable, "-m", "supervisor"], server, pool, home)
+    agent, worker = idle_megabytes(ours, (theirs, settings))
     return agent, worker
 
 
