@@ -10,9 +10,10 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "supervisor"
 FLOORS = {  # a room is a module or package right under supervisor/
-    6: {"__main__"},
-    5: {"cli"},
-    4: {"app", "demo", "install"},
+    7: {"__main__"},
+    6: {"cli"},
+    5: {"app", "demo", "install"},
+    4: {"agent"},
     3: {"runs"},
     2: {"backend", "process", "journal", "logs", "metrics", "systemd", "statedir", "control", "agentlog", "frozen"},
     1: {"config", "lifecycle"},

@@ -1,4 +1,4 @@
-"""What every run needs of the rest of the house, handed over in one piece by `supervisor.app`."""
+"""What every run needs of the rest of the house, handed over in one piece by `supervisor.agent`."""
 
 from __future__ import annotations
 

@@ -311,7 +311,7 @@ class World:
         self.disk.full = False
 
     def _tell_to(self, action: str, away: float) -> None:
-        """As `supervisor.app` does upon the first signal, and upon the second."""
+        """As `supervisor.agent` does upon the first signal, and upon the second."""
         life = self.life
         if life is None or not life.alive or life.departure is None or life.services is None:
             return
