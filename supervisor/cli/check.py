@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,13 +60,38 @@ def _ask(config: Config) -> list[Row]:
     from supervisor.app import connect
     from supervisor.cli.survey import survey
     from supervisor.config.file import credentials
+    from supervisor.errors import ConfigError
     from supervisor.process.interpreter import inspect
 
-    async def main() -> list[Row]:
-        async with connect(lambda: config) as (_, backend):
-            return await survey(config, backend, inspect=inspect, secrets=credentials(config.api, os.environ))
+    rows: list[Row] | ConfigError | None = None
 
-    return trio.run(main)
+    async def ask() -> None:
+        nonlocal rows
+        try:
+            async with connect(lambda: config) as (_, backend):
+                rows = await survey(config, backend, inspect=inspect, secrets=credentials(config.api, os.environ))
+        except ConfigError as error:
+            rows = error
+
+    async def main() -> None:
+        # A KeyboardInterrupt could be raised anywhere, also where a library takes it for a broken connection.
+        with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+            async with trio.open_nursery() as nursery:
+
+                async def until_interrupted() -> None:
+                    await anext(interrupts)
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(until_interrupted)
+                await ask()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    if rows is None:
+        raise KeyboardInterrupt
+    if isinstance(rows, ConfigError):
+        raise rows
+    return rows
 
 
 def table(rows: list[Row]) -> str:
