@@ -5,7 +5,7 @@
 # make packages .deb, .rpm and .tar.gz in dist/
 # make release all that the page of a release holds in dist/release/, and a table of it
 # make generate completions and agent.toml(5) after a change of commands or docs/configuration.md
-# make bench   flow-agent beside the real Prefect worker, in one session, as ratios; and the binary in figures
+# make bench   flow-agent beside the real Prefect worker and agent, in one session, as ratios in docs/benchmarks.md; ROUNDS=n
 # make binary  dist/flow-agent and dist/onedir/: what people download, and what the packages hold
 # make demo    a Prefect server, the agent and three flow runs, shown live and removed again
 #
@@ -58,8 +58,8 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/flow-agent demo --python "$$($(VENV)/bin/python tests/envs.py $(DEMO))"
 
 bench: binary envs
-	$(VENV)/bin/python -m benchmarks.idle_memory
-	$(VENV)/bin/python -m benchmarks.binary
+	$(VENV)/bin/python -m benchmarks $(if $(ROUNDS),--rounds $(ROUNDS))
+	$(VENV)/bin/python -m benchmarks.scale
 
 envs: $(VENV)/.dev  # two at a time: some of it is waiting for the network
 	@printf '%s\n' $(SERVERS) $(ENGINES) | xargs -P 2 -n 1 $(VENV)/bin/python tests/envs.py >/dev/null

@@ -9,15 +9,16 @@ proportional set size (PSS) of all processes of an agent that polls an empty poo
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.idle_memory import VERSION, agent_command, idle_megabytes
-from tests.binaries import FORMS, binary, dist, recipe
-from tests.servers import Api, PrefectServer, clean_environ
+from benchmarks.contenders import VERSION
+from benchmarks.measures import IDLE_SECONDS, start_seconds
+from benchmarks.processes import pss_megabytes
+from benchmarks.session import own_folder
+from tests.binaries import FORMS, binary, dist, packed_agent, recipe
+from tests.servers import Api, PrefectServer
 
 
 def size_megabytes(path: Path) -> float:
@@ -26,20 +27,17 @@ def size_megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink()) / 1e6
 
 
-def start_seconds(program: Path, rounds: int) -> list[float]:
-    """How long `version` takes, each round; one more before them warms up."""
-    found = []
-    for _ in range(rounds + 1):
-        before = time.perf_counter()
-        subprocess.run([program, "version"], check=True, capture_output=True, env=clean_environ())
-        found.append(time.perf_counter() - before)
-    return found[1:]
-
-
 def idle(program: Path, server: PrefectServer, pool: str) -> float:
     """PSS in MB of the agent and its start program after it has polled for a while."""
-    with tempfile.TemporaryDirectory() as home:
-        return idle_megabytes(agent_command([str(program)], server, pool, Path(home)))[0]
+    agent = packed_agent(
+        program, {"api": {"url": server.url}, "flows": {"python": server.python}, "work": [{"pool": pool}]}
+    )
+    try:
+        agent.start()
+        time.sleep(IDLE_SECONDS)
+        return pss_megabytes(agent.pid)
+    finally:
+        agent.close()
 
 
 def main(rounds: int) -> None:
@@ -64,4 +62,5 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    with own_folder():
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
