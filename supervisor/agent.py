@@ -25,13 +25,17 @@ from supervisor.process.environ import inherited
 from supervisor.process.interpreter import Interpreters
 from supervisor.process.reaper import reap_strangers
 from supervisor.process.ref import boot_id
+from supervisor.process.warm import WarmStarts, Warmth
 from supervisor.runs.canceller import Canceller
+from supervisor.runs.clock import ServerClock
 from supervisor.runs.departure import Departure, exit_status
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.heartbeat import Heartbeat
 from supervisor.runs.kit import Kit
 from supervisor.runs.late import LateClaims
 from supervisor.runs.launcher import Launcher
+from supervisor.runs.lead import Leads
+from supervisor.runs.listener import Listener
 from supervisor.runs.patience import Patience
 from supervisor.runs.poller import Poller, turn_seconds
 from supervisor.runs.pollers import Pollers
@@ -42,6 +46,7 @@ from supervisor.runs.run import Run
 from supervisor.runs.signals import Signals
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
+from supervisor.runs.timetable import Timetable
 from supervisor.statedir import StateDirectory
 from supervisor.systemd import stacks
 from supervisor.systemd.manager import Manager
@@ -89,7 +94,8 @@ class Agent:
         teller = Teller(backend, patience, worker=config.agent.name, version=__version__)
         self._late = LateClaims(backend, patience)
         self._cgroups = cgroups
-        launcher = Launcher(
+        self._warm = WarmStarts(interpreters)
+        self._launcher = launcher = Launcher(
             api_url=config.api.url,
             secrets=lambda: flow_secrets(reload.config, os.environ),
             worker=config.agent.name,
@@ -99,7 +105,10 @@ class Agent:
             interpreters=interpreters,
             channel=self._channel,
             cgroups=cgroups,
+            warm=self._warm,
         )
+        self._warm.use(self._warmths(config))
+        clock, leads = ServerClock(), Leads(interpreters.major)
         kit = Kit(
             backend=backend,
             health=self._health,
@@ -108,6 +117,8 @@ class Agent:
             launcher=launcher,
             journal=journal,
             output=self._output,
+            clock=clock,
+            leads=leads,
             claimed_twice=self._late.claimed_twice,
         )
 
@@ -119,12 +130,15 @@ class Agent:
             return Run(record, work, kit, recovered=True)
 
         self._roster = Roster(config.agent.limit, new_run, room=lambda: not journal.full)
+        self._timetable = Timetable(self._roster.admit, clock)
         self._recovery = Recovery(self._roster, earlier_run, config.work, config.flows, kit)
 
         def new_poller(work: Work) -> Poller:
             return Poller(
                 Source(work, backend),
                 self._roster,
+                self._timetable,
+                leads,
                 self._health,
                 watchdog.pulse(f"poll of {work}"),
                 poll=reload.config.poll,
@@ -141,6 +155,7 @@ class Agent:
             poll=poll,
             turn_seconds=self._cancel_turn(config),
         )
+        self._listener = Listener(backend, self._roster, self._pollers, self._canceller, poll=poll)
         sources = self._pollers.sources
         self._heartbeat = Heartbeat(backend, sources, teller, self._health, worker=config.agent.name, poll=poll)
 
@@ -155,11 +170,16 @@ class Agent:
     def _cancel_turn(config: Config) -> float:
         return config.api.timeout_seconds * 2 * (1 + len(config.work))
 
+    def _warmths(self, config: Config) -> list[Warmth]:
+        found = (self._launcher.warmth(work.flows) for work in config.work)
+        return [warmth for warmth in found if warmth is not None]
+
     def describe(self) -> str:
         """The status line."""
         doing = self._departure.describe() if self._departure is not None else ""
         left = f"; {self._reload.describe()}" if self._reload.describe() else ""
-        return f"{doing or self._roster.describe()}, {self._health.describe()}{left}"
+        heard = f"{self._health.describe()}{self._listener.describe()}"
+        return f"{doing or self._roster.describe()}{self._timetable.describe()}, {heard}{left}"
 
     def use(self, config: Config, secrets: Credentials | None) -> None:
         """Hands another configuration to everybody whom it concerns. Runs that are live keep what they began with."""
@@ -172,8 +192,10 @@ class Agent:
         self._patience.use(poll)
         self._pollers.use(config.work, poll, config.agent.prefetch_seconds)
         self._canceller.use(poll, self._cancel_turn(config))
+        self._listener.use(poll)
         self._heartbeat.use(self._pollers.sources, poll)
         self._output.use(config.output)
+        self._warm.use(self._warmths(config))
         if self._departure is not None:
             self._departure.use(config.stop)
 
@@ -182,6 +204,7 @@ class Agent:
         asked = True
         async with trio.open_nursery() as services:
             await services.start(self._channel.serve)
+            await services.start(self._warm.run)
             for service in (self._watchdog.run, self._canceller.run, self._heartbeat.run, self._beat, self._late.run):
                 services.start_soon(service)
             for keeper in (self._journal.run, self._keep_house, reap_strangers, stacks.on_request):
@@ -210,6 +233,8 @@ class Agent:
                         asked = await self._pollers.poll_once()
                         polls.cancel_scope.cancel()
                     else:
+                        services.start_soon(self._listener.run)
+                        polls.start_soon(self._timetable.run)
                         await self._pollers.run()
                 # No new runs from here on.
                 self._watchdog.dismiss("poll of ")

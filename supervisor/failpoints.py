@@ -13,7 +13,8 @@ import time
 
 VARIABLE = "FAILPOINT"
 
-# In the order in which a run comes by. "journal X" is the write of phase X; each has a moment before and one after it.
+# In the order in which a run comes by. "journal X" is the write of phase X; "go" is the word to a copy of a fork server, within
+# "spawn". Each has a moment before and one after it.
 STEPS = (
     "journal Claiming",
     "claim",
@@ -21,6 +22,7 @@ STEPS = (
     "submitting",
     "job",
     "spawn",
+    "go",
     "journal Running",
     "pid",
     "journal Stopping",

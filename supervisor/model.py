@@ -46,6 +46,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     lease_id: str | None = None  # deployment concurrency lease (3.x), to be renewed until the engine does
     pause_reschedule: bool = False  # PAUSED because suspended: the process has ended on purpose
     data: Any = None  # the server's record of the result, only ever handed back to it as it came
+    at: datetime | None = None  # when the server was told of it, in UTC by its own clock
 
 
 class FlowRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +61,7 @@ class FlowRun(msgspec.Struct, frozen=True, kw_only=True):
     state_name: str | None
     state: State | None = None
     expected_start: datetime | None = None  # when it is due, in UTC
+    started: datetime | None = None  # when it first became RUNNING, in UTC
     retry_in_process: bool = False  # its own engine is waiting to retry it: never ours to claim
     work_queue_name: str | None = None
     work_pool_name: str | None = None
@@ -130,6 +132,7 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     is_paused: bool = False
     pool_name: str | None = None
     priority: int | None = None
+    concurrency_limit: int | None = None
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,6 +157,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     deployment_id: str | None = None
     deployment_name: str | None = None
     pool: Pool | None = None
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that has happened, as the server says by itself."""
+
+    name: str  # "prefect.flow-run.Scheduled"
+    subject: str  # what it happened to: "prefect.flow-run.ID"
+    about: frozenset[str]  # that, and what it belongs to: "prefect.work-pool.ID", …
 
 
 class LogRecord(msgspec.Struct, frozen=True, kw_only=True):

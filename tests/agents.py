@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.servers import PrefectServer, clean_environ, processes_with
 from tests.waiting import SLOWEST, wait_until
 
 RUN_MARK = "FLOW_AGENT_RUN_ID"
+_TEST_START = "FLOW_AGENT_TEST_START"
 _AGENT_MARK = "FLOW_AGENT_TEST_AGENT"  # put into its flows' environment, so that we know whose they are
 
 
@@ -135,7 +137,18 @@ class AgentProcess:
             )
             if self.returncode is not None and len(self.notify.lines("READY")) == seen:
                 raise AssertionError(f"the agent ended at once with {self.returncode}:\n{self.log()}")
+            self._warm_up()
         return self
+
+    def _warm_up(self) -> None:
+        """Where all shall be warm, no run starts cold because it comes early; otherwise that takes too long."""
+        if os.environ.get(_TEST_START) == "warm" and 'start = "warm"' in self.config_file.read_text():
+            wait_until(
+                lambda: "warm starts with" in self.log() or self.returncode is not None,
+                60,
+                "it can start runs warm",
+                more=self.log,
+            )
 
     @property
     def returncode(self) -> int | None:
@@ -174,6 +187,13 @@ class AgentProcess:
 
     def run_processes(self) -> list[psutil.Process]:
         """Every living process of the runs it has started."""
+        return [process for process in self._processes() if not _is_fork_server(process)]
+
+    def fork_servers(self) -> list[psutil.Process]:
+        """The processes from which its warm runs are copied."""
+        return [process for process in self._processes() if _is_fork_server(process)]
+
+    def _processes(self) -> list[psutil.Process]:
         return processes_with(_AGENT_MARK, self._mark)
 
     def kill_runs(self) -> None:
@@ -183,8 +203,14 @@ class AgentProcess:
                 os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: not self.run_processes(), 10, "the runs' processes are gone")
 
+    def kill_fork_servers(self) -> None:
+        """Kills those that should have ended with the agent, and have not."""
+        for process in self.fork_servers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
     def close(self) -> None:
-        """Ends it if it still runs, and fails when processes of its runs are left."""
+        """Ends it if it still runs, and fails when processes of its runs are left, or the one from which they were copied."""
         stuck = ""
         if self.process is not None and self.returncode is None:
             self.send(signal.SIGQUIT)
@@ -194,10 +220,32 @@ class AgentProcess:
                 stuck = "the agent did not end within 30 s of SIGQUIT; "
                 self.kill()
         left = [" ".join(process.cmdline()) for process in self.run_processes()]
+        try:
+            wait_until(lambda: not self.fork_servers(), 10, "the fork servers have ended")
+        except AssertionError as error:
+            stuck += f"{error}; "
+        self.kill_fork_servers()
         self.kill_runs()
         self.notify.close()
         if stuck or left:
             raise AssertionError(f"{stuck}processes left behind: {left}\n{self.log()}")
+
+
+def _is_fork_server(process: psutil.Process) -> bool:
+    try:
+        return "FLOW_AGENT_ROOM" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def start_mode() -> str:
+    """How runs of real engines start where a test does not say: "cold" or "warm".
+
+    By turns: each test has one on one generation of Prefect and the other on the other. FLOW_AGENT_TEST_START names one for all.
+    """
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    turn = (zlib.crc32(test.partition("[")[0].encode()) + ("2.20" in test)) % 2
+    return os.environ.get(_TEST_START) or ("cold", "warm")[turn]
 
 
 def config_for(
@@ -213,4 +261,7 @@ def config_for(
     }
     names = [*defaults, *(name for name in sections if name not in defaults)]
     merged: dict[str, Any] = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}
+    # Scripts that play an engine cannot be imported.
+    if merged["flows"]["python"] == server.python and "command" not in merged["flows"]:
+        merged["flows"].setdefault("start", start_mode())
     return {**merged, "work": [dict(one) for one in work]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -34,10 +34,13 @@ from supervisor.model import (
     Verdict,
 )
 from supervisor.runs.claim import NotOurs
+from supervisor.runs.clock import ServerClock
 from supervisor.runs.health import ServerHealth
+from supervisor.runs.lead import Leads
 from supervisor.runs.poller import Poller
 from supervisor.runs.roster import Roster
 from supervisor.runs.sources import Source
+from supervisor.runs.timetable import Timetable
 
 
 def on_jumping_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -53,6 +56,14 @@ def on_jumping_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None
 
     # pytest must not take the inner test's coroutine for the thing to run.
     return run
+
+
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def wall() -> datetime:
+    """A wall clock that goes with the jumping one, which begins at EPOCH."""
+    return EPOCH + timedelta(seconds=trio.current_time())
 
 
 def work(**values: Any) -> Work:
@@ -221,25 +232,27 @@ class FakeBackend:
             raise NotFound("Deployment not found")
         return Deployment(id=f"id-{name}", name=name, flow_id="f1")
 
-    def _offers(self, limit: int) -> list[FlowRun]:
-        due = [run for run in self.runs.values() if self.states[run.id].type is StateType.SCHEDULED]
-        return due[:limit]
+    def _offers(self, limit: int, before: datetime) -> list[FlowRun]:
+        scheduled = [run for run in self.runs.values() if self.states[run.id].type is StateType.SCHEDULED]
+        return [run for run in scheduled if run.expected_start is None or run.expected_start <= before][:limit]
 
     async def due_in_pool(
         self, pool: str, *, queues: Sequence[str] | None, before: datetime, limit: int
     ) -> list[FlowRun]:
         await self._call("due_in_pool", (pool, queues, limit))
-        return self._offers(limit)
+        return self._offers(limit, before)
 
     async def due_in_queue(self, queue_id: str, *, before: datetime, limit: int) -> list[FlowRun]:
         await self._call("due_in_queue", queue_id)
         if f"due_in_queue {queue_id}" in self.always:
             raise self.always[f"due_in_queue {queue_id}"]
-        return [run for run in self._offers(limit) if run.work_queue_name in (None, queue_id.removeprefix("id-"))]
+        return [
+            run for run in self._offers(limit, before) if run.work_queue_name in (None, queue_id.removeprefix("id-"))
+        ]
 
     async def due_in_deployments(self, ids: Sequence[str], *, before: datetime, limit: int) -> list[FlowRun]:
         await self._call("due_in_deployments", ids)
-        return self._offers(limit)
+        return self._offers(limit, before)
 
     async def read_run(self, run_id: str) -> FlowRun:
         await self._call("read_run", run_id)
@@ -359,7 +372,7 @@ class ShortRun:
 
     def __init__(self, offered: FlowRun, source: Source, seconds: float, refused: NotOurs | None = None) -> None:
         self.id = offered.id
-        self.deployment_id = offered.deployment_id
+        self.offer = offered
         self.work = source.work
         self.refused = refused
         self.suspended = False
@@ -384,10 +397,12 @@ def roster_of(limit: int | None, start: Starter) -> Roster:
     return Roster(limit, start)  # type: ignore[arg-type]
 
 
-def poller_of(source: Source, roster: Roster, **poll: float) -> Poller:
+def poller_of(source: Source, roster: Roster, timetable: Timetable | None = None, **poll: float) -> Poller:
     return Poller(
         source,
         roster,
+        Timetable(roster.admit, ServerClock()) if timetable is None else timetable,
+        Leads(),
         ServerHealth("http://server/api"),
         QuietPulse(),  # type: ignore[arg-type]
         poll=Poll(jitter=0.0, **poll),

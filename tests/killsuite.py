@@ -6,15 +6,19 @@ process of it lives on. `tests/test_kill_suite.py` does each failpoint once in C
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from supervisor.failpoints import FAILPOINTS, STEPS, VARIABLE
 from tests.agents import RUN_MARK, AgentProcess, config_for
@@ -56,9 +60,9 @@ REPORTED_BY_US = frozenset({"hook", "journal owed", "report", "journal heard", "
 STOPPED = frozenset({"journal Stopping", "ask engine", "signal"})
 
 
-def steps_of(outcome: str, major: int) -> frozenset[str]:
+def steps_of(outcome: str, major: int, *, warm: bool = True) -> frozenset[str]:
     """The steps that a run with this outcome comes by, on a server and with an engine of that generation."""
-    steps = EVERY_RUN | ({"submitting"} if major == 3 else set())  # 2.x knows no such state
+    steps = EVERY_RUN | ({"submitting"} if major == 3 else set()) | ({"go"} if warm else set())  # 2.x does not submit
     if outcome == "crashes":
         return steps | REPORTED_BY_US
     if outcome == "is cancelled":
@@ -67,9 +71,9 @@ def steps_of(outcome: str, major: int) -> frozenset[str]:
     return steps
 
 
-def failpoints_of(outcome: str, major: int) -> list[str]:
+def failpoints_of(outcome: str, major: int, *, warm: bool = True) -> list[str]:
     """The failpoints that a run with this outcome comes by, in order."""
-    steps = steps_of(outcome, major)
+    steps = steps_of(outcome, major, warm=warm)
     return [name for name in FAILPOINTS if name.partition(" ")[2] in steps]
 
 
@@ -91,10 +95,11 @@ class Scene:
         where: str,
         *,
         real: bool = False,
+        warm: bool = False,
         limit: int | None = None,
         hooks_owed: int = 1,
     ) -> None:
-        """`hooks_owed`: 0 where an agent is killed that may have begun one."""
+        """`warm`: its runs start as copies. `hooks_owed`: 0 where an agent is killed that may have begun one."""
         self.server, self.api, self.where, self.real = server, api, where, real
         self._hooks_owed = hooks_owed
         self.tally = Tally()
@@ -106,7 +111,7 @@ class Scene:
         self._ended: set[str] = set()
         self._pool = api.create_pool()
         self._deployments: dict[str, str] = {}
-        flows: dict[str, Any] = {"grace_seconds": 5}
+        flows: dict[str, Any] = {"grace_seconds": 5, "start": "warm" if warm else "cold"}
         if not real:
             flows["python"] = self._scripted_engine(home)
         poll = {"interval_seconds": 0.2, "cancel_interval_seconds": 0.2, "heartbeat_seconds": 600, "jitter": 0}
@@ -128,6 +133,7 @@ class Scene:
         if agent.process is not None and agent.returncode is None:
             agent.kill()
         agent.kill_runs()
+        agent.kill_fork_servers()
         agent.notify.close()
 
     def create_run(self, outcome: str, *, held: bool = False, **parameters: Any) -> str:
@@ -203,6 +209,29 @@ class Scene:
         """What the server and the agent say of the run, for a finding."""
         return f"{self.api.story(run_id)}\ntrace: {lines(self.trace)}\nagent:\n{self.agent.log()[-6000:]}"
 
+    def top_up(self, load: int, dice: random.Random) -> bool:
+        """Makes so many short runs of all outcomes that `load` are open. Returns whether any had ended."""
+        wanted = load - len(self.open_runs())
+        for _ in range(wanted):
+            self.create_run(dice.choice(list(ENDS)), seconds=round(dice.uniform(0, 1.5), 2))
+        return wanted > 0
+
+    def pass_time(self, seconds: float) -> None:
+        """Lets that much time go by for the runs."""
+        until = time.monotonic() + seconds
+
+        def passed() -> bool:
+            self.cancel_those_that_run()
+            return time.monotonic() >= until
+
+        wait_until(passed, seconds + LONGEST, "a moment")
+
+    def wait_for_all(self) -> None:
+        """Returns when every run has ended as it should."""
+        wait_until(
+            lambda: self.cancel_those_that_run() and not self.open_runs(), LONGEST * 5, "all runs end", every=0.3
+        )
+
     def stop(self) -> None:
         """Ends the agent by SIGTERM, when its runs are over."""
         if self.dead:
@@ -224,6 +253,8 @@ class Scene:
                 *check_processes(run_id),
             ):
                 self.find(kind, f"run {run_id} {outcome}: {what}", self.story(run_id))
+        for process in self.agent.fork_servers():
+            self.find("stray", f"the fork server {process.pid} is left", self.agent.log()[-6000:])
         for kind, what in check_log(self.agent.log()):
             self.find(kind, what, self.agent.log()[-6000:])
         left = [path.name for path in (self.agent.state_dir / "runs").glob("*")]
@@ -238,7 +269,8 @@ class Scene:
 class Case:
     """One agent that dies at one failpoint over one run.
 
-    `held`: the run outlives it where it can. `twice`: so does the next agent if it comes by there, too.
+    `held`: the run outlives it where it can. `twice`: so does the next agent if it comes by there, too. `warm`: the run starts
+    as a copy of a fork server.
     """
 
     failpoint: str
@@ -246,9 +278,10 @@ class Case:
     held: bool = False
     real: bool = False
     twice: bool = False
+    warm: bool = False
 
     def __str__(self) -> str:
-        also = {"held": self.held, "real engine": self.real, "twice": self.twice}
+        also = {"held": self.held, "real engine": self.real, "twice": self.twice, "warm": self.warm}
         return ", ".join([self.failpoint, self.outcome, *(word for word, is_so in also.items() if is_so)])
 
 
@@ -268,7 +301,7 @@ def judged(scene: Scene, deeds: Callable[[], None]) -> Tally:
 def kill_at(case: Case, server: PrefectServer, api: Api) -> Tally:
     """Has an agent die at the failpoint, starts it again, and checks what becomes of its run."""
     hooks_owed = 0 if case.failpoint.endswith(" hook") else 1
-    scene = Scene(server, api, f"{case} on {server.version}", real=case.real, hooks_owed=hooks_owed)
+    scene = Scene(server, api, f"{case} on {server.version}", real=case.real, warm=case.warm, hooks_owed=hooks_owed)
     longest = LONGEST * 3 if case.real else LONGEST
 
     def deeds() -> None:
@@ -302,6 +335,8 @@ def kill_at(case: Case, server: PrefectServer, api: Api) -> Tally:
             scene.let_go()
         wait_until(ended, longest, f"the run {case.outcome}")
         scene.stop()
+        if case.warm and not case.real and re.search(r"started, process \d+$", scene.agent.log(), re.MULTILINE):
+            scene.find("harness", "it has started cold", scene.story(run_id))
 
     return judged(scene, deeds)
 
@@ -312,29 +347,15 @@ def kill_at_random(
     server: PrefectServer,
     api: Api,
     *,
+    warm: bool = False,
     load: int = 20,
     say: Callable[[str], None] = print,
     enough: Callable[[], bool] = lambda: False,
 ) -> Tally:
     """Kills the agent at random moments while up to `load` short runs of all outcomes are open. No more once it is `enough`."""
     dice = random.Random(seed)
-    scene = Scene(server, api, f"random kills, seed {seed}, on {server.version}", limit=load, hooks_owed=0)
-
-    def top_up() -> bool:
-        """Returns whether any had ended."""
-        wanted = load - len(scene.open_runs())
-        for _ in range(wanted):
-            scene.create_run(dice.choice(list(ENDS)), seconds=round(dice.uniform(0, 1.5), 2))
-        return wanted > 0
-
-    def pass_time(seconds: float) -> None:
-        until = time.monotonic() + seconds
-
-        def passed() -> bool:
-            scene.cancel_those_that_run()
-            return time.monotonic() >= until
-
-        wait_until(passed, seconds + LONGEST, "a moment")
+    where = f"random kills, seed {seed}, on {server.version}"
+    scene = Scene(server, api, where, warm=warm, limit=load, hooks_owed=0)
 
     def deeds() -> None:
         said, longest = time.monotonic(), 1.2
@@ -342,34 +363,114 @@ def kill_at_random(
             if enough():
                 break
             # A busy machine needs longer to get anywhere at all.
-            longest = max(1.2, longest * 0.9) if top_up() else min(8.0, longest * 1.3)
+            longest = max(1.2, longest * 0.9) if scene.top_up(load, dice) else min(8.0, longest * 1.3)
             if dice.random() < 0.9:
                 scene.start_ready()
             else:  # it may well die before it has begun
                 scene.start()
-            pass_time(dice.uniform(0, longest))
+            scene.pass_time(dice.uniform(0, longest))
             scene.kill()
             if time.monotonic() - said > 30:
                 said = time.monotonic()
                 say(f"{done + 1} of {kills} random kills, {len(scene.ends)} runs")
         scene.start()
-        wait_until(
-            lambda: scene.cancel_those_that_run() and not scene.open_runs(), LONGEST * 5, "all runs end", every=0.3
-        )
+        scene.wait_for_all()
         scene.stop()
 
     return judged(scene, deeds)
 
 
+def signal_fork_server(agent: AgentProcess, signum: int) -> None:
+    """Signals the one there is; a copy that has not yet become a run looks the same, and is younger."""
+    for process in sorted(agent.fork_servers(), key=lambda process: process.create_time())[:1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signum)
+
+
+def harm_fork_servers(
+    seed: int,
+    deeds_wanted: Sequence[str],
+    server: PrefectServer,
+    api: Api,
+    *,
+    load: int = 5,
+    enough: Callable[[], bool] = lambda: False,
+) -> Tally:
+    """Does these deeds to the fork server, or its agent, at random moments under up to `load` short runs of all outcomes.
+
+    "kill" and "stop" (SIGSTOP: it hangs) a fork server, "hang" it until that is noticed, have the next ones "fail" to begin or
+    "mend" that, "kill agent". Each counts as a kill.
+    """
+    dice = random.Random(seed)
+    scene = Scene(
+        server, api, f"harm to fork servers, seed {seed}, on {server.version}", warm=True, limit=load, hooks_owed=0
+    )
+    refuses = scene.agent.home / "refuses"
+
+    signal_it = partial(signal_fork_server, scene.agent)
+
+    def is_ready() -> bool:
+        return any(f"by process {process.pid}\n" in scene.agent.log() for process in scene.agent.fork_servers())
+
+    def hang() -> None:
+        wait_until(is_ready, LONGEST, "a fork server is ready")
+        noticed = scene.agent.log().count("a run starts cold: no copy")
+        signal_it(signal.SIGSTOP)
+        scene.create_run("completes")
+        wait_until(
+            lambda: scene.cancel_those_that_run() and scene.agent.log().count("a run starts cold: no copy") > noticed,
+            LONGEST,
+            "the next run notices that it hangs",
+        )
+
+    def fail() -> None:
+        refuses.touch()
+        signal_it(signal.SIGKILL)
+
+    def kill_agent() -> None:
+        scene.kill()
+        signal_it(signal.SIGCONT)  # one that does not even run cannot end
+        wait_until(lambda: not scene.agent.fork_servers(), LONGEST, "fork servers end with their agent")
+        scene.start_ready()
+
+    possible: dict[str, Callable[[], object]] = {
+        "kill": lambda: signal_it(signal.SIGKILL),
+        "stop": lambda: signal_it(signal.SIGSTOP),
+        "hang": hang,
+        "fail": fail,
+        "mend": lambda: refuses.unlink(missing_ok=True),
+        "kill agent": kill_agent,
+    }
+
+    def deeds() -> None:
+        scene.start_ready()
+        scene.agent.wait_for_log("warm starts with", LONGEST)
+        for deed in deeds_wanted:
+            if enough():
+                break
+            scene.top_up(load, dice)
+            scene.pass_time(dice.uniform(0, 1.5))
+            possible[deed]()
+            scene.tally.kills += deed != "kill agent"  # which counts itself
+        scene.top_up(load, dice)
+        scene.wait_for_all()
+        scene.stop()
+        if "(warm)" not in scene.agent.log():
+            scene.find("harness", "no run has started warm", scene.agent.log()[-6000:])
+
+    return judged(scene, deeds)
+
+
 def kill_around_long_runs(
-    server: PrefectServer, api: Api, *, kills: int = 10, seed: int = 0, real: bool = True
+    server: PrefectServer, api: Api, *, kills: int = 10, seed: int = 0, real: bool = True, warm: bool = False
 ) -> Tally:
     """Kills the agent again and again while two runs go on, and checks that each is the same process throughout.
 
     Then one is cancelled, and the other completes.
     """
     dice = random.Random(seed)
-    scene = Scene(server, api, f"{kills} kills around long runs on {server.version}", real=real)
+    how = "warm" if warm else "cold"
+    scene = Scene(server, api, f"{kills} kills around long {how} runs on {server.version}", real=real, warm=warm)
 
     def processes() -> dict[str, tuple[int, float]]:
         """Run id -> pid and start of the process that executes its body; nothing for those that are gone."""

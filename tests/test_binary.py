@@ -187,9 +187,10 @@ def replace_program(copy: Path) -> None:
         new.rename(path)
 
 
-@both_forms
+@pytest.mark.parametrize(("form", "start_mode"), [("onefile", "warm"), ("onedir", "cold")])
 def test_flows_are_given_nothing_of_the_bundle_and_an_upgrade_under_a_running_agent_does_not_hurt_it(
     form: str,
+    start_mode: str,
     server_3: PrefectServer,
     api: Api,
     start_packed: Callable[..., AgentProcess],
@@ -205,7 +206,12 @@ def test_flows_are_given_nothing_of_the_bundle_and_an_upgrade_under_a_running_ag
         copy / FORMS[form],
         server_3,
         pool,
-        flows={"python": str(spy / "python"), "env": {"PYTHONPATH": str(numpy)}},
+        flows={
+            "python": str(spy / "python"),
+            "env": {"PYTHONPATH": str(numpy)},
+            "start": start_mode,
+            "preload": ["numpy"],
+        },
         environ={"INVOCATION_ID": "0" * 32, "PATH": f"{spy}:{os.environ['PATH']}", "CREDENTIALS_DIRECTORY": "/nowhere"},
     )
     replace_program(copy)
@@ -224,10 +230,12 @@ def test_flows_are_given_nothing_of_the_bundle_and_an_upgrade_under_a_running_ag
     api.wait_for_state(sleeper, "CANCELLED")
     assert agent.stop() == 0
     assert "Traceback" not in agent.log()
+    assert agent.log().count("(warm)") == {"cold": 0, "warm": 3}[start_mode]
 
     found = json.loads(answer.read_text())
     environs = {**seen_by(spy), "flow": found["environ"]}
-    for words in ("importjson", "prefectengine", "helperruns", "systemctl-listjobs", "flow"):
+    engine = {"cold": "prefectengine", "warm": "forkserver"}[start_mode]
+    for words in ("importjson", engine, "helperruns", "systemctl-listjobs", "flow"):
         assert any(words in name for name in environs), f"{words}: {sorted(environs)}"
     for name, environ in environs.items():
         suspicious = {key: value for key, value in environ.items() if any(word in key + value for word in FORBIDDEN)}

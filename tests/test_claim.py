@@ -10,6 +10,7 @@ from supervisor.config import Poll
 from supervisor.errors import LostAnswer, NotFound, Refused, ServerTrouble, Unauthorized, Unreachable
 from supervisor.model import FlowRun, Proposal, State, StateType, Verdict
 from supervisor.runs.claim import NotOurs, Ours, claim
+from supervisor.runs.clock import ServerClock
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.patience import Patience
 from tests.fakes import FakeBackend, offer, on_jumping_clock
@@ -17,7 +18,7 @@ from tests.fakes import FakeBackend, offer, on_jumping_clock
 
 async def claim_it(backend: FakeBackend, run: FlowRun) -> Ours | NotOurs:
     health = ServerHealth("http://server/api")
-    return await claim(backend, run, "t1", patience=Patience(Poll(), health), health=health)
+    return await claim(backend, run, "t1", patience=Patience(Poll(), health), health=health, clock=ServerClock())
 
 
 @on_jumping_clock

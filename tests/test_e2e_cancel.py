@@ -134,7 +134,7 @@ def test_a_run_cancelled_while_its_engine_starts_never_begins(
     tmp_path: Path,
 ) -> None:
     run = start_run("sleeper")
-    agent = agent_process(prefect_server, [{"pool": pool}])
+    agent = agent_process(prefect_server, [{"pool": pool}], flows={"start": "cold"})  # a warm one is too quick for us
     agent.wait_for_log("started, process")
     api.cancel(run)
     watch_to_the_end(api, run, 30)

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -60,14 +60,14 @@ def agent_behind(
     """Starts an agent that speaks to the server through the faults; its flows do not."""
     started: list[AgentProcess] = []
 
-    def start(**work: Any) -> AgentProcess:
+    def start(*, flows: Mapping[str, Any] | None = None, **work: Any) -> AgentProcess:
         agent = agent_process(
             prefect_server,
             [work],
             agent={"limit": 4},
             api={"url": faults.url, "timeout_seconds": TIMEOUT},
             poll={"max_backoff_seconds": 2},
-            flows={"env": {"PREFECT_API_URL": prefect_server.url}, "grace_seconds": 3},
+            flows={"env": {"PREFECT_API_URL": prefect_server.url}, "grace_seconds": 3, **(flows or {})},
         )
         started.append(agent)
         return agent
@@ -106,7 +106,7 @@ def test_a_claim_that_arrives_after_somebody_else_ran_the_run_is_taken_back(
     run = api.create_run(api.create_deployment("hello", pool=pool), {"trace": str(tmp_path / "trace")})
     claim = proposing(faults, run, "PENDING", Delay(TIMEOUT / 2))
     faults.rules.append(claim)
-    agent = agent_behind(pool=pool)
+    agent = agent_behind(pool=pool, flows={"start": "cold"})  # whoever waits until it can start warm sees it too late
     wait_until(lambda: claim.hits, 30, "the claim is on its way", every=0.01)
     for state in ("PENDING", "RUNNING", "COMPLETED"):  # another agent's run, from claim to end
         api.set_state(run, state)

@@ -118,10 +118,10 @@ def test_the_status_line_tells_how_the_agent_is_and_no_flow_can_speak_to_the_man
             more=lambda: "\n".join(agent.notify.lines("STATUS")),
         )
 
-    status(r"0 running, 2 free, last poll \d+ s ago")
+    status(r"0 running, 2 free, last poll \d+ s ago, push")
     run = api.create_run(api.create_deployment("sleeper", pool=pool), {"trace": str(trace)})
     wait_until(lambda: lines(trace), 60, "the flow has begun", more=agent.log)
-    status(r"1 running, 1 free, last poll \d+ s ago")
+    status(r"1 running, 1 free, last poll \d+ s ago, push")
     environs = [process.environ() for process in agent.run_processes()]
     assert environs
     for environ in environs:
@@ -129,7 +129,7 @@ def test_the_status_line_tells_how_the_agent_is_and_no_flow_can_speak_to_the_man
     assert agent.notify.lines("STOPPING") == []
     agent.send(signal.SIGTERM)
     wait_until(lambda: agent.notify.lines("STOPPING") == ["1"], 10, "it says that it stops", more=agent.log)
-    status(r"draining: 1 live run, 2[45] min left, then cancel, last poll \d+ s ago")
+    status(r"draining: 1 live run, 2[45] min left, then cancel, last poll \d+ s ago, push")
     assert set(agent.notify.lines("EXTEND_TIMEOUT_USEC")) == {"60000000"}
     wait_pings(agent, 2, timeout=4)  # the manager goes on watching while runs end
     api.cancel(run)

@@ -195,11 +195,10 @@ def test_run_once_takes_what_is_due_waits_for_it_and_ends(
 ) -> None:
     pool = api.create_pool()
     deployment = api.create_deployment("hello", pool=pool)
-    due, later = api.create_run(deployment), api.create_run(deployment, due_in=3600)
+    due, soon, later = (api.create_run(deployment, due_in=seconds) for seconds in (0, 8, 3600))
     agent = agent_process(prefect_server, [{"pool": pool}], args=["--run-once"])
     assert agent.wait() == 0
-    assert api.state(due) == "COMPLETED"
-    assert api.state(later) == "SCHEDULED"
+    assert (api.state(due), api.state(soon), api.state(later)) == ("COMPLETED", "COMPLETED", "SCHEDULED")
 
 
 def test_the_server_knows_the_process_and_the_worker_while_a_run_lives(

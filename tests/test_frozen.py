@@ -106,6 +106,7 @@ MAY_NAME_THE_PROGRAM = {
     "cli/runs.py": "a value for a key that must have one; nothing is started",
     "demo/stage.py": "starts the agent, in the way that fits",
     "install/bundle.py": "copies the binary",
+    "process/zygote.py": "is the user's Python, and runs there",
 }
 
 

@@ -5,13 +5,36 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 import trio
 
 from supervisor.config import Poll
+from supervisor.errors import BackendError, ServerTrouble, Unreachable
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.heartbeat import Heartbeat
 from supervisor.runs.sources import Source
 from tests.fakes import FakeBackend, QuietTeller, on_jumping_clock, work
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"), [(ServerTrouble("503"), 3), (Unreachable("refused"), 1)], ids=["busy", "away"]
+)
+@on_jumping_clock
+async def test_a_server_that_is_busy_is_told_again_that_we_leave_and_one_that_is_away_is_not(
+    error: BackendError, calls: int
+) -> None:
+    backend = FakeBackend()
+    source = Source(work(pool="p"), backend)
+    await source.due(before=datetime(2026, 1, 1, tzinfo=UTC), limit=1)
+    told: Any = QuietTeller()
+    heartbeat = Heartbeat(backend, [source], told, ServerHealth("u"), worker="w", poll=Poll())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heartbeat.run)
+        await trio.sleep(1)
+        backend.faults["sign_off"] = [error, error]
+        await heartbeat.sign_off()
+        nursery.cancel_scope.cancel()
+    assert backend.count("sign_off") == calls
 
 
 @on_jumping_clock

@@ -21,7 +21,7 @@ import trio
 
 from supervisor import __version__
 from supervisor.backend.answers import MAX_RETRY_AFTER, read, retry_after
-from supervisor.backend.http import HttpApi
+from supervisor.backend.http import CALLS_AT_ONCE, HttpApi
 from supervisor.backend.tls import ca_bundle
 from supervisor.config import Api, Credentials
 from supervisor.errors import (
@@ -364,6 +364,22 @@ def test_an_answer_that_does_not_come_whole_is_lost_within_the_time_limit(fault:
                     assert len(real.requests) == carried_out
                     server.rules.clear()
                     assert await http.post("/x", {}) == {"id": "0123456789"}
+
+    trio.run(main)
+
+
+def test_waiting_for_a_turn_behind_many_other_calls_is_not_the_servers_fault() -> None:
+    async def main() -> None:
+        async with open_fault_server() as real:
+            real.rules.append(on("GET", "/x", Status(200, {}, {})))
+            async with open_fault_server(real.url) as slow:
+                slow.rules.append(on("GET", "/x", Delay(0.3)))
+                async with (
+                    HttpApi.open(Api(url=slow.url, timeout_seconds=2.0), Credentials) as http,
+                    trio.open_nursery() as nursery,
+                ):
+                    for _ in range(CALLS_AT_ONCE * 10):
+                        nursery.start_soon(http.get, "/x")
 
     trio.run(main)
 

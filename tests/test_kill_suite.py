@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tests.killsuite import (
     Scene,
     agent_sees_it_alive,
     failpoints_of,
+    harm_fork_servers,
     kill_around_long_runs,
     kill_at,
     kill_at_random,
@@ -52,6 +53,17 @@ def run_cases(cases: list[Case], server: PrefectServer, api_of: Callable[[Prefec
     assert total.kills == len(cases)
 
 
+def by_turns(
+    failpoint: str, outcomes: Sequence[str], major: int, *, held: bool = False, real: bool = False
+) -> list[Case]:
+    """A case for each outcome, cold and warm by turns, so that each step is seen both ways. Only a warm run is told to go."""
+    turn = FAILPOINTS.index(failpoint) + major
+    return [
+        Case(failpoint, outcome, held=held, real=real, warm=failpoint.endswith(" go") or (turn + place) % 2 == 0)
+        for place, outcome in enumerate(outcomes)
+    ]
+
+
 # --- the suite ---------------------------------------------------------------------------------------------------------
 
 
@@ -62,9 +74,8 @@ def test_an_agent_killed_there_leaves_nothing_lost_or_doubled_on_3(
     # To us a run that completes and one that fails are the same: here they take turns, and `make torture` does all of them.
     spared = ("completes", "fails")[FAILPOINTS.index(failpoint) // 2 % 2]
     possible = [outcome for outcome in ENDS if failpoint in failpoints_of(outcome, 3)]
-    run_cases(
-        [Case(failpoint, outcome) for outcome in possible if outcome != spared or len(possible) == 1], server_3, api_of
-    )
+    outcomes = [outcome for outcome in possible if outcome != spared or len(possible) == 1]
+    run_cases(by_turns(failpoint, outcomes, 3), server_3, api_of)
 
 
 ON_2 = sorted({name for outcome in ENDS for name in failpoints_of(outcome, 2)}, key=FAILPOINTS.index)
@@ -80,27 +91,37 @@ def test_an_agent_killed_there_leaves_nothing_lost_or_doubled_on_2(
     wanted = {ill[place % 2], *(well[place // 2 % 2 :][:1] if agent_sees_it_alive(failpoint) else ())}
     possible = [name for name in ENDS if failpoint in failpoints_of(name, 2)]
     outcomes = [name for name in possible if name in wanted] or possible[:1]
-    run_cases([Case(failpoint, outcome, held=agent_sees_it_alive(failpoint)) for outcome in outcomes], server_2, api_of)
+    run_cases(by_turns(failpoint, outcomes, 2, held=agent_sees_it_alive(failpoint)), server_2, api_of)
 
 
 @pytest.mark.parametrize("failpoint", TELLING)
 def test_a_run_of_a_real_engine_outlives_an_agent_killed_there(
     failpoint: str, server_3: PrefectServer, api_of: Callable[[PrefectServer], Api]
 ) -> None:
-    run_cases([Case(failpoint, outcome, real=True) for outcome in TELLING[failpoint]], server_3, api_of)
+    run_cases(by_turns(failpoint, TELLING[failpoint], 3, real=True), server_3, api_of)
 
 
 def test_runs_are_neither_lost_nor_doubled_by_kills_at_random_moments(prefect_server: PrefectServer, api: Api) -> None:
-    tally = kill_at_random(seed=20, kills=10, server=prefect_server, api=api)
+    tally = kill_at_random(seed=20, kills=10, server=prefect_server, api=api, warm=prefect_server.major == 3)
     print(tally)
     assert not tally.findings, "\n\n".join(map(str, tally.findings))
     assert tally.kills == 10
 
 
+def test_runs_are_neither_lost_nor_doubled_by_what_befalls_their_fork_server(
+    server_3: PrefectServer, api_of: Callable[[PrefectServer], Api]
+) -> None:
+    deeds = ("hang", "kill", "stop", "kill agent", "fail", "mend")
+    tally = harm_fork_servers(20, deeds, server_3, api_of(server_3), load=4)
+    print(tally)
+    assert not tally.findings, "\n\n".join(map(str, tally.findings))
+    assert tally.kills == len(deeds)
+
+
 def test_long_runs_keep_their_processes_through_ten_kills_of_the_agent(
     server_3: PrefectServer, api_of: Callable[[PrefectServer], Api]
 ) -> None:
-    tally = kill_around_long_runs(server_3, api_of(server_3))
+    tally = kill_around_long_runs(server_3, api_of(server_3), warm=True)
     assert not tally.findings, "\n\n".join(map(str, tally.findings))
     assert (tally.kills, tally.restarts) == (10, 10)
 

@@ -60,6 +60,7 @@ def test_outside_libraries_stay_in_their_rooms(file: str) -> None:
     outside = {name.partition(".")[0] for name in imports(MODULES[file])}
     assert "prefect" not in outside
     assert "httpx" not in outside or file == "backend/http.py"
+    assert not {"httpcore", "wsproto"} & outside or file == "backend/websocket.py"
     assert "trio" not in outside or FLOOR[room(file)] > 1, "the lowest floors are pure"
 
 

@@ -107,11 +107,11 @@ def test_a_process_that_proc_hides_from_us_is_none_of_ours(monkeypatch: pytest.M
     ref = identify(process.pid)
     assert ref is not None
 
-    def refuse(path: Path) -> bytes:  # hidepid=1 and 4
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(pid: int, name: str) -> bytes:  # hidepid=1 and 4
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"/proc/{pid}/{name}")
 
     with monkeypatch.context() as hidden:
-        hidden.setattr(Path, "read_bytes", refuse)
+        hidden.setattr("supervisor.process.ref.read_proc", refuse)
         assert read_stat(process.pid) is None
         assert not alive(ref)
     let_go(process)

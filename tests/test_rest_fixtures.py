@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -214,12 +215,28 @@ def test_what_is_being_cancelled_and_what_has_been_is_found_in_one_request(versi
     assert replay.bodies[0]["flow_runs"]["state"] == {"type": {"any_": ["CANCELLING", "CANCELLED"]}}
 
 
-def test_asking_about_no_runs_costs_no_request_and_about_many_one_for_each_two_hundred() -> None:
+def test_asking_about_no_runs_costs_no_request_and_about_five_hundred_one() -> None:
     backend, replay = replayed("3.8", *["flow_runs_filter_empty_any"] * 3)
     assert run(lambda: backend.cancelling([])) == {}
     assert replay.bodies == []
-    assert run(lambda: backend.cancelling([f"run-{number}" for number in range(401)])) == {}
-    assert [len(body["flow_runs"]["id"]["any_"]) for body in replay.bodies] == [200, 200, 1]
+    assert run(lambda: backend.cancelling([f"run-{number}" for number in range(500)])) == {}
+    assert [len(body["flow_runs"]["id"]["any_"]) for body in replay.bodies] == [500]
+
+
+def test_no_request_names_more_runs_than_the_oldest_databases_take_variables() -> None:
+    backend, replay = replayed("3.8", *["flow_runs_filter_empty_any"] * 2)
+    assert run(lambda: backend.cancelling([f"run-{number}" for number in range(1000)])) == {}
+    assert [len(body["flow_runs"]["id"]["any_"]) for body in replay.bodies] == [900, 100]
+
+
+def test_of_more_cancelled_runs_than_servers_list_at_once_every_one_is_found() -> None:
+    backend, replay = replayed("3.8", *["flow_runs_filter_cancelling"] * 2)
+    one = replay.left[0]["response"][0]
+    ids = [str(UUID(int=number)) for number in range(250)]
+    for page, part in zip(replay.left, (ids[:200], ids[200:]), strict=True):
+        page["response"] = [{**one, "id": id_} for id_ in part]
+    assert set(run(lambda: backend.cancelling(ids))) == set(ids)
+    assert [body["offset"] for body in replay.bodies] == [0, 200]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

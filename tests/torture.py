@@ -2,10 +2,10 @@
 
     python -m tests.torture [--seed N] [--kills 200] [--minutes M] [--jobs 2] [--servers 3.8.8 2.20.26]
 
-Every failpoint and each way a run can end, with runs that end while no agent is there, with runs that outlive it, and with
-agents of which the second dies there, too; the most telling of them with real engines; `--kills` kills at random moments
-under a load of 20 short runs, shared by the servers; ten kills in a row around long runs. Exit status 1 when anything was
-lost, doubled or left behind.
+Every failpoint and each way a run can end, with runs that start cold and warm, that end while no agent is there and that outlive
+it, and with agents of which the second dies there, too; the most telling of them with real engines; `--kills` kills at random
+moments under a load of 20 short runs, shared by the servers; half as many harms to fork servers; ten kills in a row around
+long runs. Exit status 1 when anything was lost, doubled or left behind.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.killsuite import (
     Case,
     agent_sees_it_alive,
     failpoints_of,
+    harm_fork_servers,
     kill_around_long_runs,
     kill_at,
     kill_at_random,
@@ -36,6 +37,7 @@ from tests.killsuite import (
 from tests.servers import Api, PrefectServer
 
 TELLING = (
+    "before go",
     "after spawn",
     "before journal Running",
     "before journal Stopping",
@@ -51,21 +53,41 @@ Task = Callable[[PrefectServer, Api], Tally]
 def tasks_of(server: PrefectServer, seed: int, kills: int, enough: Callable[[], bool]) -> list[tuple[str, Task]]:
     """(part, task) of all that is done on that server."""
     major = server.major
+    ways = [(outcome, warm) for outcome in ENDS for warm in (False, True)]
     cases = [
-        Case(name, outcome, held=held)
-        for outcome in ENDS
-        for name in failpoints_of(outcome, major)
+        Case(name, outcome, held=held, warm=warm)
+        for outcome, warm in ways
+        for name in failpoints_of(outcome, major, warm=warm)
         for held in ([False, True] if agent_sees_it_alive(name) and outcome != "is cancelled" else [False])
     ]
-    cases += [Case(name, outcome, twice=True) for outcome in ENDS for name in failpoints_of(outcome, major)]
-    real = [
-        Case(name, outcome, real=True) for outcome in ENDS for name in TELLING if name in failpoints_of(outcome, major)
+    cases += [
+        Case(name, outcome, twice=True, warm=warm)
+        for outcome, warm in ways
+        for name in failpoints_of(outcome, major, warm=warm)
     ]
+    real = [
+        Case(name, outcome, real=True, warm=warm)
+        for outcome, warm in ways
+        for name in TELLING
+        if name in failpoints_of(outcome, major, warm=warm)
+    ]
+    dice = random.Random(seed)
+    harms = [dice.choice(("kill", "kill", "stop", "fail", "mend", "mend", "kill agent")) for _ in range(kills // 2)]
     return [
         *(("failpoints", lambda s, a, case=case: kill_at(case, s, a)) for case in cases),
         *(("real engines", lambda s, a, case=case: kill_at(case, s, a)) for case in real),
-        ("long runs", lambda s, a: kill_around_long_runs(s, a, seed=seed)),
-        ("random kills", lambda s, a: kill_at_random(seed, kills, s, a, say=say, enough=enough)),
+        *(
+            ("long runs", lambda s, a, warm=warm: kill_around_long_runs(s, a, seed=seed, warm=warm))
+            for warm in (False, True)
+        ),
+        *(
+            (
+                "random kills",
+                lambda s, a, warm=warm: kill_at_random(seed, kills // 2, s, a, warm=warm, say=say, enough=enough),
+            )
+            for warm in (False, True)
+        ),
+        ("harm to fork servers", lambda s, a: harm_fork_servers(seed, harms, s, a, enough=enough)),
     ]
 
 

@@ -8,10 +8,18 @@ failures: a call that fails raises a `BackendError` at once and the caller decid
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
 
-from supervisor.model import Deployment, FlowRun, Job, LogRecord, Pool, Proposal, Queue, Server, State, Verdict
+from supervisor.model import Deployment, FlowRun, Job, LogRecord, Notice, Pool, Proposal, Queue, Server, State, Verdict
+
+
+class Notices(Protocol):
+    """What a server says by itself."""
+
+    async def next(self) -> Notice:
+        """Waits for the next one. Raises a `BackendError` when no more will come; a clean end is one, too."""
 
 
 class Backend(Protocol):
@@ -92,6 +100,12 @@ class Backend(Protocol):
 
     async def cancelling(self, run_ids: Sequence[str]) -> dict[str, State]:
         """Which of these runs are CANCELLING or CANCELLED, with that state."""
+
+    def listen(self, names: Sequence[str], resources: Sequence[str]) -> AbstractAsyncContextManager[Notices]:
+        """Has the server say what happens from now on, by these names, to any of these resources or what belongs to them.
+
+        Only for servers of generation 3. Entering raises as every call does, also where a proxy has no websockets.
+        """
 
     # --- about us --------------------------------------------------------------------------------------------------
 

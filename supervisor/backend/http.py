@@ -14,7 +14,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
@@ -27,10 +27,15 @@ from supervisor.backend.tls import tls_context
 from supervisor.config import Api, Credentials
 from supervisor.errors import BackendError, ConfigError, LostAnswer, ServerTrouble, Unauthorized, Unreachable
 
+if TYPE_CHECKING:
+    from supervisor.backend.websocket import WebSocket
+
 API_VERSION = "0.8.4"  # what Prefect 2.20 and every 3.x accept
 # Servers (uvicorn) drop an idle connection after 5 s. Dropping it first keeps a request from being sent into a
 # connection that is just being closed, where nobody can tell whether it was carried out.
 _KEEPALIVE_SECONDS = 4.0
+CALLS_AT_ONCE = 16  # the rest waits for its turn, in order; a websocket has a connection beside these
+_UPGRADE_SECONDS = 10.0  # for opening a websocket, which no server has to think about
 
 
 class HttpApi:
@@ -48,6 +53,8 @@ class HttpApi:
         self._csrf_client = str(uuid.uuid4())
         self._csrf_token: str | None = None
         self._csrf_lock = trio.Lock()
+        # The pool's own queue would count against a call's deadline: with hundreds of runs none would be answered in time.
+        self._turns = trio.Semaphore(CALLS_AT_ONCE)
 
     @classmethod
     @asynccontextmanager
@@ -69,7 +76,7 @@ class HttpApi:
                 verify=tls,
                 timeout=None,  # noqa: S113 - one deadline around the whole call, which httpx does not have
                 limits=httpx.Limits(
-                    max_connections=20, max_keepalive_connections=4, keepalive_expiry=_KEEPALIVE_SECONDS
+                    max_connections=CALLS_AT_ONCE + 2, max_keepalive_connections=4, keepalive_expiry=_KEEPALIVE_SECONDS
                 ),
             )
         except (ImportError, ValueError, httpx.InvalidURL) as problem:
@@ -99,11 +106,42 @@ class HttpApi:
         """DELETE; the answer's body, if any, is ignored."""
         await self._call("DELETE", path)
 
+    @property
+    def secret(self) -> str | None:
+        """What is shown to be let in where no header can be: the login or the key as it is."""
+        return _login(self._credentials, self._url_login) or self._credentials.api_key
+
+    @asynccontextmanager
+    async def websocket(self, path: str, subprotocol: str) -> AsyncIterator[WebSocket]:
+        """A websocket at that path, for the time of the block. Entering raises as every call does."""
+        from supervisor.backend.websocket import Upgrade, WebSocket  # many an agent never needs it
+
+        sentence = f"cannot open a websocket at {path}"
+        upgrade, flight = Upgrade(subprotocol), _Flight()
+        seconds = min(self._timeout, _UPGRADE_SECONDS)
+        answer: httpx.Response | None = None
+        with trio.move_on_after(seconds):
+            answer = await self._send("GET", path, None, None, flight, upgrade.headers)
+        if answer is None:
+            raise flight.lost(f"{sentence}: no answer from {self._base} within {seconds:g} s")
+        try:
+            if answer.status_code != 101:
+                read(answer.status_code, answer.headers, answer.content, sentence)
+            if answer.status_code != 101 or not upgrade.is_answered(answer.headers.get("Sec-WebSocket-Accept")):
+                raise ServerTrouble(f"{sentence}: what answers there ({answer.status_code}) does not know websockets")
+            socket = WebSocket(answer.extensions["network_stream"], f"the websocket at {path} has ended")
+            yield socket
+            await socket.close()
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await answer.aclose()
+
     async def _call(self, method: str, path: str, *, params: Mapping[str, Any] | None = None, body: Any = None) -> Any:
         content = msgspec.json.encode(body) if method in ("POST", "PATCH") else None
         flight = _Flight()
-        with trio.move_on_after(self._timeout):
-            return await self._exchange(method, path, params, content, flight)
+        async with self._turns:
+            with trio.move_on_after(self._timeout):
+                return await self._exchange(method, path, params, content, flight)
         raise flight.lost(f"cannot {method} {path}: no whole answer from {self._base} within {self._timeout:g} s")
 
     async def _exchange(
@@ -124,10 +162,17 @@ class HttpApi:
                 return read(answer.status_code, answer.headers, answer.content, f"cannot {method} {path}")
 
     async def _send(
-        self, method: str, path: str, params: Mapping[str, Any] | None, content: bytes | None, flight: _Flight
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        content: bytes | None,
+        flight: _Flight,
+        upgrade: Mapping[str, str] | None = None,
     ) -> httpx.Response:
+        """The answer, read to its end unless it is the `upgrade` that was wished for."""
         sentence = f"cannot {method} {path}"
-        headers: dict[str, str] = {}
+        headers = dict(upgrade or {})
         authorization = _authorization(self._credentials, self._url_login)
         if authorization is not None:
             headers["Authorization"] = authorization
@@ -138,7 +183,7 @@ class HttpApi:
             headers["Prefect-Csrf-Client"] = self._csrf_client
         flight.sent = False
         try:
-            return await self._client.request(
+            request = self._client.build_request(
                 method,
                 self._base + path,
                 params=None if params is None else dict(params),
@@ -146,6 +191,9 @@ class HttpApi:
                 headers=headers,
                 extensions={"trace": flight.trace},
             )
+            answer = await self._client.send(request, stream=upgrade is not None)
+            if answer.status_code != 101:
+                await answer.aread()
         except httpx.ProxyError as problem:
             raise Unreachable(f"{sentence}: the proxy refused to connect us to {self._base}: {problem}") from None
         except (httpx.LocalProtocolError, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeEncodeError):
@@ -155,6 +203,7 @@ class HttpApi:
             ) from None
         except (httpx.TransportError, httpx.DecodingError) as problem:
             raise flight.lost(f"{sentence}: {_why(problem, self._base)}") from None
+        return answer
 
     def _credentials_changed(self, used: Credentials) -> bool:
         """Reads the credentials again. True when they are others than those just refused."""
@@ -199,8 +248,12 @@ def _split_url(url: str) -> tuple[str, str | None]:
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", "")), unquote(login) if at else None
 
 
+def _login(credentials: Credentials, url_login: str | None) -> str | None:
+    return credentials.auth_string or (None if credentials.api_key else url_login)
+
+
 def _authorization(credentials: Credentials, url_login: str | None) -> str | None:
-    login = credentials.auth_string or (None if credentials.api_key else url_login)
+    login = _login(credentials, url_login)
     if login is not None:
         return "Basic " + b64encode(login.encode()).decode()
     if credentials.api_key is None:

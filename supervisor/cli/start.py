@@ -36,7 +36,7 @@ def start(
         int | None, typer.Option("--limit", "-l", help="How many flow runs at once. Without it, no limit.")
     ] = None,
     prefetch_seconds: Annotated[
-        float | None, typer.Option(help="How long before it is due a run is taken. [default: 10]")
+        float | None, typer.Option(help="How long before it is due a run is taken at most. [default: 10]")
     ] = None,
     run_once: Annotated[bool, typer.Option("--run-once", help="Poll once, wait for those runs, and end.")] = False,
     hide_welcome: Annotated[bool, typer.Option("--hide-welcome", help="Start without the welcome.")] = False,

@@ -19,7 +19,7 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     state_dir: Path
     log_dir: Path
     limit: int | None = None  # how many flow runs at once; None: no limit of ours
-    prefetch_seconds: float = 10.0  # how long before it is due a run is taken
+    prefetch_seconds: float = 10.0  # how long before it is due a run is taken at most
     log_level: str = "info"
     log_format: str = "text"  # or "json"
     cgroup: str = "auto"  # "auto", "off", or a directory of the cgroup v2 hierarchy that is ours
@@ -47,6 +47,7 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     heartbeat_seconds: float = 30.0
     jitter: float = 0.3  # each wait is multiplied by 1 ± jitter
     max_backoff_seconds: float = 60.0
+    push: bool = True  # have the server say what is new, where it can (Prefect 3)
 
 
 class Flows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +61,8 @@ class Flows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     timeout_seconds: float | None = None
     command: tuple[str, ...] | None = None
     crash_retries: int = 0  # how often a run that crashed is handed back to be retried
+    start: str = "cold"  # or "warm": a copy of a process that has imported Prefect already
+    preload: tuple[str, ...] = ()  # what else that process imports
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

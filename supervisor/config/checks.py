@@ -18,8 +18,6 @@ from uuid import UUID
 
 import msgspec
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
 
 class Place(msgspec.Struct, frozen=True):
     """Where a value was written: relative paths start at `base`, commands and `~` are looked up in `environ`."""
@@ -83,10 +81,6 @@ def deployment(value: object) -> str:
         return str(UUID(text))
     except ValueError:
         raise ValueError(f'"flow/deployment" or the deployment\'s UUID is wanted, found {words(value)}') from None
-
-
-def log_level(value: object) -> str:
-    return one_of(*LOG_LEVELS)(value)
 
 
 def url(value: object) -> str:
@@ -160,18 +154,18 @@ def _number(value: object, what: str) -> float:
     return float(value)
 
 
-def period(value: object) -> float:
-    seconds = _number(value, "a number of seconds")
-    if seconds <= 0:
-        raise ValueError(f"it must be more than 0 seconds, found {value}")
-    return seconds
+def _more_than_none(unit: str) -> Callable[[object], float]:
+    def check(value: object) -> float:
+        number = _number(value, f"a number of {unit}")
+        if number <= 0:
+            raise ValueError(f"it must be more than 0 {unit}, found {value}")
+        return number
+
+    return check
 
 
-def days(value: object) -> float:
-    number = _number(value, "a number of days")
-    if number <= 0:
-        raise ValueError(f"it must be more than 0 days, found {value}")
-    return number
+period = _more_than_none("seconds")
+days = _more_than_none("days")
 
 
 def duration(value: object) -> float:
@@ -260,6 +254,13 @@ def variable(value: object) -> str:
     text = _text(value, "a variable's name in a string")
     if "=" in text:
         raise ValueError(f"a variable's name without '=' is wanted, found {words(value)}")
+    return text
+
+
+def module(value: object) -> str:
+    text = _text(value, "a module's name in a string")
+    if not all(part.isidentifier() for part in text.split(".")):
+        raise ValueError(f"a module's name as in 'import pandas' is wanted, found {words(value)}")
     return text
 
 

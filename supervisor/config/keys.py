@@ -69,7 +69,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "prefetch_seconds": DURATION,
         "state_dir": PATH,
         "log_dir": PATH,
-        "log_level": Kind(check.log_level),
+        "log_level": Kind(check.one_of("debug", "info", "warning", "error")),
         "log_format": Kind(check.one_of("text", "json")),
         "cgroup": Kind(check.cgroup),
     },
@@ -90,6 +90,7 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "heartbeat_seconds": PERIOD,
         "jitter": Kind(check.fraction, _text_to_number),
         "max_backoff_seconds": PERIOD,
+        "push": BOOLEAN,
     },
     "work": {
         "pool": NAME,
@@ -108,6 +109,8 @@ KEYS: Mapping[str, Mapping[str, Kind]] = {
         "timeout_seconds": PERIOD,
         "command": Kind(check.command),
         "crash_retries": COUNT_OR_NONE,
+        "start": Kind(check.one_of("cold", "warm")),
+        "preload": Kind(check.several(check.module), _text_to_list),
     },
     "output": {
         "max_mb": Kind(check.megabytes, _text_to_number),

@@ -16,6 +16,7 @@ from supervisor.errors import JobError
 from supervisor.logs.cut import compact
 from supervisor.logs.follow import Follower
 from supervisor.logs.live import LiveFile
+from supervisor.logs.quiet import QuietFiles, size_of
 from supervisor.logs.space import NO_ROOM, opened
 from supervisor.logs.sweep import sweep_old
 
@@ -54,6 +55,7 @@ class OutputKeeper:
         self._began_with: dict[str, Output] = {}
         self._is_tight = False
         self._room_seen = -math.inf  # when the disk was asked
+        self._quiet = QuietFiles(lambda: self._pause(IDLE))
         self._threads = trio.CapacityLimiter(THREADS)  # ours: a hung disk must not take the threads of everybody else
 
     def use(self, output: Output) -> None:
@@ -89,7 +91,7 @@ class OutputKeeper:
                 nursery.start_soon(self._show_new, follower, show, lock, grew)
             size, wait = -1, SLOW
             while True:
-                found = _size(path)
+                found = size_of(path)
                 if live.needs(found):
                     async with lock:
                         # Not abandoned when cancelled: it must not come to the file after `finish`.
@@ -100,7 +102,10 @@ class OutputKeeper:
                     grew.ring()
                 wait = _next_wait(wait, found - size if size >= 0 else 0, live.ahead)
                 size = found
-                await trio.sleep(min(wait, TIGHT) if self._tight() else wait)
+                if wait >= IDLE and not live.needs(size):
+                    await self._quiet.wait_changed(path, size)
+                else:
+                    await trio.sleep(self._pause(wait))
 
     async def finish(self, run_id: str, shown: int, show: Show) -> int:
         """Shows the rest once nothing of the run lives (5 s at most), and gives the file its last shape.
@@ -125,7 +130,7 @@ class OutputKeeper:
             return 0
         except OSError as error:
             log.warning("cannot cut the middle out of '%s' for good: %s; tried again later", path, error.strerror)
-        return max(0, _size(path))
+        return max(0, size_of(path))
 
     async def sweep(self, in_use: Collection[str]) -> None:
         """Removes the files of finished runs that are older than the configuration says, and cuts what could not be cut.
@@ -169,6 +174,10 @@ class OutputKeeper:
             else:
                 await rung.wait()
 
+    def _pause(self, wait: float) -> float:
+        """That many seconds, or fewer while the disk is nearly full."""
+        return min(wait, TIGHT) if self._tight() else wait
+
     def _tight(self) -> bool:
         """Whether the disk is nearly full; asked once a second for all runs."""
         if trio.current_time() - self._room_seen >= 1.0:
@@ -208,13 +217,6 @@ class _Bell:
 def _cap(output: Output) -> int:
     """In bytes."""
     return max(SMALLEST_CAP, int(output.max_mb * 1_000_000))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _next_wait(wait: float, grown: int, ahead: int) -> float:

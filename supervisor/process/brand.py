@@ -29,6 +29,11 @@ def brand(run_id: str) -> int:
     return _LEAST + int.from_bytes(hashlib.blake2b(run_id.encode(), digest_size=7).digest(), "big")
 
 
+def limit_for(run_id: str) -> tuple[int, int] | None:
+    """What a process sets to brand itself: which limit, and its soft value. None when there is no run."""
+    return (_LOCKS, brand(run_id)) if run_id else None
+
+
 @asynccontextmanager
 async def birth(run_id: str | None) -> AsyncIterator[None]:
     """Around the start of one process: it bears the run's brand, or none of ours when there is no run.

@@ -72,6 +72,7 @@ class Session:
         self._asked: Intent | None = None
         self._taken: Intent | None = None
         self.receipt: Receipt | None = None
+        self.connected_at: float | None = None  # monotonic; its next word to the server asks for RUNNING
 
     @property
     def environ(self) -> Mapping[str, str]:
@@ -117,6 +118,7 @@ class Session:
     async def _talk(self, stream: trio.abc.Stream, reader: _Reader) -> None:
         with trio.CancelScope() as self._scope:
             self._stream = stream
+            self.connected_at = trio.current_time()
             self._connected.set()
             try:
                 await self._listen(reader)

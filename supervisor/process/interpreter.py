@@ -83,6 +83,11 @@ class Interpreters:
             self._answers[python] = (_stamp(python, paths), interpreter, paths)
             return interpreter
 
+    def major(self, python: Path) -> int | None:
+        """The generation of Prefect it had when it was last asked."""
+        answer = self._answers.get(python)
+        return None if answer is None else answer[1].version[0]
+
 
 _Stamp = tuple[tuple[int, int] | None, ...]
 

@@ -77,9 +77,9 @@ async def launch(
         raise JobError("cannot start the run: its command is empty")
     if group is not None and not group.create():
         group = None
-    spared = _is_spared()
+    spared = is_spared()
     by_shell = (group is not None or spared) and _hands_on(argv[0], env)
-    descriptor = _open_output(output)
+    descriptor = open_output(output)
     try:
         if by_shell:
             _refuse(argv[0], env, cwd)
@@ -108,11 +108,11 @@ async def launch(
     if group is not None and not by_shell:
         group.add(process.pid)
     if spared and not by_shell:
-        _unspare(process.pid)
+        unspare(process.pid)
     return Child(process, ref)
 
 
-def _is_spared() -> bool:
+def is_spared() -> bool:
     """Whether the kernel prefers others to us, and so to our children, when it must kill somebody for his memory."""
     try:
         return int(Path("/proc/self/oom_score_adj").read_text()) < _OOM_SCORE
@@ -120,7 +120,8 @@ def _is_spared() -> bool:
         return False
 
 
-def _unspare(pid: int) -> None:
+def unspare(pid: int) -> None:
+    """Lets the kernel take that process like any other when memory runs out."""
     with contextlib.suppress(OSError):  # it has ended
         Path(f"/proc/{pid}/oom_score_adj").write_text(f"{_OOM_SCORE}")
 
@@ -171,7 +172,7 @@ def _interpreted(path: Path, cwd: Path) -> bool:
     return not words or (cwd / os.fsdecode(words[0])).exists()
 
 
-def _open_output(output: Path) -> int:
+def open_output(output: Path) -> int:
     """Append only: the rerun of a run goes on in the same file, and nobody's write can destroy another's."""
     try:
         return os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)

@@ -24,8 +24,35 @@ log = logging.getLogger(__name__)
 EVERY = 10.0  # seconds between two looks
 _PR_SET_CHILD_SUBREAPER = 36
 
-# The children whose status somebody is going to fetch. A process has one set of children, so there is one of these.
-_expected: set[ProcessRef] = set()
+
+class _Expected:
+    """The children whose status somebody is going to fetch; owner of that set.
+
+    Nobody tells when a status has been fetched. To look through the set at every start would make each cost as much as there
+    are live runs, so that is done when it has doubled.
+    """
+
+    _FEW = 64
+
+    def __init__(self) -> None:
+        self._refs: set[ProcessRef] = set()
+        self._enough = self._FEW
+
+    def __contains__(self, ref: ProcessRef) -> bool:
+        return ref in self._refs
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def add(self, ref: ProcessRef) -> None:
+        if len(self._refs) >= self._enough:
+            self._refs = {old for old in self._refs if same(old) is not None}
+            self._enough = max(self._FEW, 2 * len(self._refs))
+        self._refs.add(ref)
+
+
+# A process has one set of children, so there is one of these.
+_expected = _Expected()
 
 
 def become_subreaper() -> bool:
@@ -44,7 +71,6 @@ def become_subreaper() -> bool:
 
 def expect(ref: ProcessRef) -> None:
     """Somebody will wait for this child of ours: its status is not to be thrown away."""
-    _expected.difference_update([old for old in _expected if same(old) is None])  # their status has been fetched
     _expected.add(ref)
 
 

@@ -19,7 +19,7 @@ import trio
 
 from supervisor.lifecycle import ProcessRef
 from supervisor.process.cgroup import RunGroup
-from supervisor.process.members import ref_of, sweep
+from supervisor.process.members import look, ref_of
 from supervisor.process.ref import Stat, alive, identify, same
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,11 @@ def _send(ref: ProcessRef, signum: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def kill(ref: ProcessRef) -> bool:
+    """End a process of our own that is no run. False when it is gone."""
+    return _send(ref, signal.SIGKILL)
 
 
 @contextmanager
@@ -146,7 +151,7 @@ async def _others(
 ) -> Sequence[Stat]:
     """As `_look`, without the run's own process."""
     for _ in range(2):
-        found = await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known), group)
+        found = await look(ref, run_id, known, group)
         if others := [stat for stat in found if ref_of(stat) != ref]:
             return others
     return ()
@@ -167,6 +172,8 @@ async def end_leftovers(
 ) -> int:
     """End what a run has left behind after its own process has ended: how many processes there were."""
     left = await _look(ref, run_id, group=group)
+    if not left and not (group is not None and group.populated()):
+        return 0
     if left:
         names = ", ".join(sorted({_name(stat.pid) for stat in left}))
         log.info("ending %d process(es) that the run left behind: %s", len(left), names, extra={"run_id": run_id})
@@ -257,10 +264,10 @@ async def _look(
     """The run's living processes. Nobody is there only when two looks in a row find nobody.
 
     A look takes a few milliseconds; a process that forks and exits meanwhile can have its child at a place already
-    passed, once. Not cancelled halfway: the thread is never left behind.
+    passed, once. Looks are shared with other runs that end at the same time.
     """
     for _ in range(2):
-        if found := await trio.to_thread.run_sync(sweep, ref, run_id, frozenset(known), group):
+        if found := await look(ref, run_id, known, group):
             return found
     return ()
 

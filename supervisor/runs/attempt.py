@@ -16,13 +16,15 @@ from supervisor.failpoints import failpoint
 from supervisor.lifecycle import Exit, Outcome, ProcessRef, Report, Running, Starting, Stopping, StopReason
 from supervisor.model import Job, StateType, log_extra
 from supervisor.process.adopt import adopt, age_seconds, find, is_engine
-from supervisor.process.members import ref_of, sweep
+from supervisor.process.forkserver import Forked
+from supervisor.process.members import look, ref_of
 from supervisor.process.ref import boot_id
 from supervisor.process.stop import end, end_leftovers, wait_gone
 from supervisor.runs.ending import Facts, engine_ran_hooks
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
 from supervisor.runs.launcher import HOOK_SECONDS, Launched
+from supervisor.runs.lead import Countdown
 from supervisor.runs.stopper import Stopper
 from supervisor.runs.wish import StopWish
 
@@ -47,12 +49,19 @@ class Attempt:
     """Starts or adopts the run's process, stays with it, and ends it when that is wished."""
 
     def __init__(
-        self, entry: Entry, wish: StopWish, kit: Kit, work: Work, log: logging.LoggerAdapter[logging.Logger]
+        self,
+        entry: Entry,
+        wish: StopWish,
+        kit: Kit,
+        work: Work,
+        countdown: Countdown,
+        log: logging.LoggerAdapter[logging.Logger],
     ) -> None:
         self._entry = entry
         self._wish = wish
         self._kit = kit
         self._work = work
+        self._countdown = countdown
         self._log = log
         self._id = entry.record.run.id
         self._output = kit.launcher.output(self._id)
@@ -65,7 +74,7 @@ class Attempt:
         attempt = record.starts + 1
         launcher, flows = self._kit.launcher, self._work.flows
         try:
-            plan = await launcher.plan(job, flows)
+            plan = await launcher.plan(job, flows, again=attempt > 1)
             # Should we die before it is written that it runs, whoever finds it must know what it is.
             await self._entry.note(job=job, runs_own_hooks=plan.runs_own_hooks, is_engine=plan.is_engine)
             failpoint("before spawn")
@@ -73,12 +82,14 @@ class Attempt:
         except (JobError, InterpreterError) as error:
             return Report(type=StateType.CRASHED, message=str(error), outcome=Outcome.CRASHED)
         failpoint("after spawn")
+        self._countdown.spawned(launched.session)
         await self._entry.to(
             Running(process=launched.child.ref, attempt=attempt),
             starts=attempt,
             shown=launched.output_from if attempt == 1 else record.shown,
         )
-        self._log.info("started, process %d", launched.child.ref.pid)
+        how = " (warm)" if isinstance(launched.child, Forked) else ""
+        self._log.info("started, process %d%s", launched.child.ref.pid, how)
         told.start_soon(self._tell_start, job, launched.child.ref.pid, attempt)
         return await self._stay(launched, claimed)
 
@@ -182,7 +193,7 @@ class Attempt:
     async def see_off_hooks(self) -> None:
         """The helper of an earlier agent may still be running hooks: lets it end, and ends it when it does not."""
         if self._entry.record.hooks_run:
-            left = await trio.to_thread.run_sync(sweep, None, self._id, (), self.group)
+            left = await look(None, self._id, group=self.group)
             await wait_gone([ref_of(stat) for stat in left], HOOK_SECONDS)
             await end_leftovers(self._id, None, group=self.group)
 

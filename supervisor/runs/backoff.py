@@ -41,9 +41,10 @@ class Backoff:
         self._failures += 1
         self._at_least = (error.retry_after if error is not None else None) or 0.0
 
-    def delay(self) -> float:
-        """Seconds until the next turn."""
+    def delay(self, every: float | None = None) -> float:
+        """Seconds until the next turn. `every` is in place of the interval while things go well."""
         # The exponent is bounded because a float is not: 2.0**1024 raises.
         plain = self._interval * 2.0 ** min(self._failures, 30)
-        wait = min(plain, max(self._cap, self._interval)) if self._failures else self._interval
+        going_well = self._interval if every is None else every
+        wait = min(plain, max(self._cap, self._interval)) if self._failures else going_well
         return max(self._at_least, wait * self._rng.uniform(1 - self._jitter, 1 + self._jitter))

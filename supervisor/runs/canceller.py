@@ -13,9 +13,11 @@ from supervisor.lifecycle import StopReason
 from supervisor.lifecycle.decision import wants_cancel
 from supervisor.runs.backoff import Backoff
 from supervisor.runs.health import ServerHealth
+from supervisor.runs.pace import Pace
 from supervisor.runs.roster import Roster
 from supervisor.systemd.watchdog import Pulse
 
+GAP_SECONDS = 0.1  # from poll to poll at least: cancellations within it share one
 # How long a run's process may outlive its cancellation: an engine that has reported it itself is on its way out.
 OUTLIVE_SECONDS = 60.0
 
@@ -41,16 +43,39 @@ class Canceller:
         self._over: dict[str, float] = {}  # run id -> since when we have seen it CANCELLED
         self._backoff = Backoff(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
         self._nap = trio.CancelScope()
+        self._called = trio.Event()
+        self._pace = Pace(poll.cancel_interval_seconds)
+        self._pushed: frozenset[str] = frozenset()
 
     async def run(self) -> None:
         """Polls until cancelled. Costs no request while there is nothing to cancel."""
         while True:
+            self._called = trio.Event()  # before the look: what is said during it may have come too late for it
+            began = trio.current_time()
             self._pulse.expect(self._turn_seconds)
             await self._look()
-            delay = self._backoff.delay()
+            others = any(str(run.work) not in self._pushed for run in self._roster.all())
+            delay = self._backoff.delay(self._pace.next(waiting=others, called=self._called.is_set()))
             self._pulse.expect(delay + self._turn_seconds)
             with trio.move_on_after(delay) as self._nap:
-                await trio.sleep_forever()
+                if self._backoff.failing:
+                    await trio.sleep_forever()
+                await self._called.wait()
+                await trio.sleep_until(began + GAP_SECONDS)
+
+    def wake(self, run_id: str | None = None) -> None:
+        """Looks soon: the server says that this run, whosever it is, is to be cancelled, or that any may be."""
+        if run_id is None or run_id in self._roster.cancellable():
+            self._pace.told()
+            self._called.set()
+            if run_id is None and self._backoff.failing:
+                self._nap.cancel()  # it answers again
+
+    def push(self, tables: frozenset[str]) -> None:
+        """The runs of these `[[work]]` tables the server says by itself; all there are, or none."""
+        self._pushed = tables
+        if self._pace.push(bool(tables)):
+            self.wake()
 
     def use(self, poll: Poll, turn_seconds: float) -> None:
         """Polls like this from now on, and at once where that is anything new."""
@@ -59,6 +84,8 @@ class Canceller:
             return
         self._poll = poll
         self._backoff.use(poll.cancel_interval_seconds, cap=poll.max_backoff_seconds, jitter=poll.jitter)
+        self._pace.use(poll.cancel_interval_seconds)
+        self._called.set()
         self._nap.cancel()
 
     async def _look(self) -> None:

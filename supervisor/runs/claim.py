@@ -20,6 +20,7 @@ from supervisor.backend.base import Backend
 from supervisor.errors import BackendError, NotFound, Refused
 from supervisor.failpoints import failpoint
 from supervisor.model import Answer, FlowRun, Proposal, State, StateType, Verdict
+from supervisor.runs.clock import ServerClock
 from supervisor.runs.health import ServerHealth
 from supervisor.runs.patience import Patience
 
@@ -47,6 +48,7 @@ async def claim(
     *,
     patience: Patience,
     health: ServerHealth,
+    clock: ServerClock,
     in_doubt: bool = False,
 ) -> Ours | NotOurs:
     """Claims the offered run. Returns once it is certain; until then it holds on through any outage.
@@ -56,7 +58,7 @@ async def claim(
     backoff = patience.backoff()
     while True:
         try:
-            settled = await _turn(backend, offer, transition_id, in_doubt=in_doubt)
+            settled = await _turn(backend, offer, transition_id, clock, in_doubt=in_doubt)
         except NotFound:
             health.answered()
             return NotOurs(reason="it has been deleted", expected=True)
@@ -85,7 +87,9 @@ class _InDoubt(Exception):
         self.error = error
 
 
-async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doubt: bool) -> Ours | NotOurs:
+async def _turn(
+    backend: Backend, offer: FlowRun, transition_id: str, clock: ServerClock, *, in_doubt: bool
+) -> Ours | NotOurs:
     run = await backend.read_run(offer.id)
     if in_doubt and run.state is not None and run.state.transition_id == transition_id:
         if run.state.type is StateType.PENDING:
@@ -100,12 +104,15 @@ async def _turn(backend: Backend, offer: FlowRun, transition_id: str, *, in_doub
     if run.retry_in_process:
         return NotOurs(reason="its own process is waiting to retry it", expected=True)
     failpoint("before claim")
+    sent = trio.current_time()
     try:
         verdict = await backend.propose(offer.id, Proposal(type=StateType.PENDING, transition_id=transition_id))
     except BackendError as error:
         if error.ambiguous:
             raise _InDoubt(error) from error
         raise
+    if verdict.answer is Answer.ACCEPT and verdict.state is not None and verdict.state.at is not None:
+        clock.heard(verdict.state.at, sent=sent)
     failpoint("after claim")
     settled = judge(verdict, transition_id)
     if isinstance(settled, Ours):

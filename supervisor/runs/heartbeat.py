@@ -9,7 +9,7 @@ import trio
 
 from supervisor.backend.base import Backend
 from supervisor.config import Poll
-from supervisor.errors import BackendError, NotFound
+from supervisor.errors import BackendError, NotFound, ServerTrouble
 from supervisor.model import Pool
 from supervisor.runs.backoff import Backoff
 from supervisor.runs.health import ServerHealth
@@ -17,6 +17,7 @@ from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
 
 SIGN_OFF_SECONDS = 5.0  # the longest that saying good-bye may delay the agent's end
+AGAIN_SECONDS = 0.5
 
 _log = logging.getLogger("flow-agent")
 
@@ -110,7 +111,17 @@ class Heartbeat:
             for name in [name for name in self._known if name not in keep]:
                 pool, started = self._known.pop(name)
                 await self._teller.worker("prefect.worker.stopped", pool, started)
-                try:
-                    await self._backend.sign_off(name, self._worker)
-                except BackendError as error:
-                    _log.debug("not signed off from work pool '%s': %s", name, error)
+                await self._sign_off(name)
+
+    async def _sign_off(self, pool: str) -> None:
+        """A server that has no time just now is asked again; one that is away is not."""
+        while True:
+            try:
+                await self._backend.sign_off(pool, self._worker)
+            except BackendError as error:
+                _log.debug("not signed off from work pool '%s': %s", pool, error)
+                if not isinstance(error, ServerTrouble):
+                    return
+            else:
+                return
+            await trio.sleep(AGAIN_SECONDS)

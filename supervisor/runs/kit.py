@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from supervisor.runs.clock import ServerClock
+from supervisor.runs.lead import Leads
 
 if TYPE_CHECKING:
     from supervisor.backend.base import Backend
@@ -38,4 +41,6 @@ class Kit:
     launcher: Launcher
     journal: Memory
     output: Output
+    clock: ServerClock = field(default_factory=ServerClock)
+    leads: Leads = field(default_factory=Leads)
     claimed_twice: Callable[[Record], None] = lambda _: None  # `LateClaims.claimed_twice`

@@ -18,10 +18,12 @@ from supervisor.model import FlowRun, Job
 from supervisor.process.adopt import Adopted
 from supervisor.process.cgroup import Cgroups, RunGroup
 from supervisor.process.channel import ControlChannel, Session
-from supervisor.process.environ import STATE_MARK, flow_environ
+from supervisor.process.environ import MARK, RUN_ID, STATE_MARK, flow_environ
+from supervisor.process.forkserver import Forked
 from supervisor.process.hooks import run_hook
 from supervisor.process.interpreter import Interpreter, Interpreters
 from supervisor.process.launch import Child, launch, private_directory, remove_directory
+from supervisor.process.warm import WarmStarts, Warmth
 
 HOOK_SECONDS = 60.0  # the longest a flow's hooks may take when we have to run them
 
@@ -36,7 +38,7 @@ class Launched:
     parent, because the job has a command of its own.
     """
 
-    child: Child | Adopted
+    child: Child | Forked | Adopted
     session: Session | None
     runs_own_hooks: bool
     is_engine: bool
@@ -50,6 +52,7 @@ class Plan:
     argv: Sequence[str]
     is_engine: bool
     interpreter: Interpreter | None
+    warmth: Warmth | None = None  # None: it starts cold
 
     @property
     def runs_own_hooks(self) -> bool:
@@ -79,6 +82,7 @@ class Launcher:
         interpreters: Interpreters,
         channel: ControlChannel,
         cgroups: Cgroups | None,
+        warm: WarmStarts,
     ) -> None:
         self._api_url = api_url
         self._secrets = secrets
@@ -89,6 +93,7 @@ class Launcher:
         self._interpreters = interpreters
         self._channel = channel
         self._cgroups = cgroups
+        self._warm = warm
 
     def output(self, run_id: str) -> Path:
         """The file that holds the run's output."""
@@ -98,11 +103,31 @@ class Launcher:
         """The run's control group; None where we have none to give."""
         return None if self._cgroups is None else self._cgroups.group(run_id)
 
-    async def plan(self, job: Job, flows: Flows) -> Plan:
-        """What `launch` will start. Raises `InterpreterError` with a sentence for the run's owner."""
+    def warmth(self, flows: Flows) -> Warmth | None:
+        """The fork server from which such runs begin; None where they start cold."""
+        if flows.start != "warm" or flows.command is not None:
+            return None
+        env = flow_environ(
+            run_id="",
+            api_url=self._api_url,
+            secrets={},
+            pass_env=flows.pass_env,
+            flows_env=flows.env,
+            job_env={},
+            extra={},
+            environ=os.environ,
+        )
+        own = {name: value for name, value in env.items() if name not in (MARK, RUN_ID)}
+        return Warmth(flows.python, flows.preload, flows.working_dir, own)
+
+    async def plan(self, job: Job, flows: Flows, *, again: bool = False) -> Plan:
+        """What `launch` will start; cold when it is `again`. Raises `InterpreterError` with a sentence for the owner."""
         command = job.command or flows.command
         interpreter = await self._interpreter(flows, needed=command is None)
-        return Plan(command or (str(flows.python), "-m", "prefect.engine"), command is None, interpreter)
+        if command is not None:
+            return Plan(command, False, interpreter)
+        warmth = None if again else self.warmth(flows)
+        return Plan((str(flows.python), "-m", "prefect.engine"), True, interpreter, warmth)
 
     async def launch(self, run: FlowRun, job: Job, flows: Flows, plan: Plan, group: RunGroup | None = None) -> Launched:
         """Starts the run's process. Raises `JobError` with a sentence for the run's owner."""
@@ -112,12 +137,21 @@ class Launcher:
         try:
             began = await self._output.prepare(run.id)
             directory = self._directory(run, job, flows)
-            child = await launch(plan.argv, env=env, cwd=directory, output=self.output(run.id), group=group)
+            child = await self._start(plan, env, directory, self.output(run.id), group)
         except JobError:
             if session is not None:
                 session.close()
             raise
         return Launched(child, session, plan.runs_own_hooks, plan.is_engine, output_from=began)
+
+    async def _start(
+        self, plan: Plan, env: Mapping[str, str], cwd: Path, output: Path, group: RunGroup | None
+    ) -> Child | Forked:
+        if plan.warmth is not None and plan.interpreter is not None:
+            copy = await self._warm.start(plan.warmth, plan.interpreter, env=env, cwd=cwd, output=output, group=group)
+            if copy is not None:
+                return copy
+        return await launch(plan.argv, env=env, cwd=cwd, output=output, group=group)
 
     async def run_hook(self, hook: Hook, run: FlowRun, job: Job, flows: Flows) -> bool:
         """Runs the flow's hooks of that kind in a process of their own. Returns False, having said why, when that failed."""

@@ -21,6 +21,8 @@ UNHEARD_SECONDS = 2.0  # the same for an offer whose claim failed because the se
 SUSPENDED = 200  # how many suspended runs are watched for a cancellation
 UNLIMITED = 1_000_000
 
+_Key = tuple[str, str | None]  # a run as it was offered (its id and its state's), or a deployment
+
 _log = logging.getLogger("flow-agent")
 
 
@@ -39,7 +41,7 @@ class Roster:
         self._start = start
         self._room = room
         self._runs: dict[str, Run] = {}
-        self._resting: dict[str, float] = {}  # run or deployment id -> until when (monotonic)
+        self._resting: dict[_Key, float] = {}  # until when (monotonic)
         self._suspended: dict[str, Run] = {}
         self._freed = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -126,13 +128,13 @@ class Roster:
     def _rest(self, run: Run, refused: NotOurs) -> None:
         now = trio.current_time()
         self._resting = {key: until for key, until in self._resting.items() if until > now}
-        key = run.deployment_id if refused.deployment_full and run.deployment_id else run.id
+        of_run, of_deployment = _keys(run.offer)
+        key = of_deployment if refused.deployment_full else of_run
         self._resting[key] = now + (UNHEARD_SECONDS if refused.unheard else REFUSED_SECONDS)
 
     def _rests(self, offer: FlowRun) -> bool:
         now = trio.current_time()
-        keys = (offer.id, offer.deployment_id or offer.id)
-        return any(self._resting.get(key, now) > now for key in keys)
+        return any(self._resting.get(key, now) > now for key in _keys(offer))
 
     # --- cancellation ------------------------------------------------------------------------------------------------
 
@@ -145,3 +147,9 @@ class Roster:
         run = self._suspended.pop(run_id, None)
         if run is not None and self._nursery is not None:
             self._nursery.start_soon(run.cancel_suspended, name=f"cancel suspended {run_id}")
+
+
+def _keys(offer: FlowRun) -> tuple[_Key, _Key]:
+    """What a refusal of this offer may be about: the run in this state (one that is rescheduled gets another), its deployment."""
+    run = (offer.id, offer.state_id)
+    return run, run if offer.deployment_id is None else (offer.deployment_id, None)

@@ -37,6 +37,7 @@ from supervisor.runs.claim import NotOurs, claim
 from supervisor.runs.ending import Ending, Facts
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
+from supervisor.runs.lead import Countdown
 from supervisor.runs.wish import StopWish
 
 RELAUNCH_SECONDS = 1.0  # before the second start; longer before each further one
@@ -48,7 +49,7 @@ class Run:
 
     def __init__(self, record: Record, work: Work, kit: Kit, *, recovered: bool = False) -> None:
         """`recovered`: the record is an earlier agent's, and the run goes on from there."""
-        self._offer = record.run
+        self.offer = record.run
         self._kit = kit
         self._recovered = recovered
         self.work = work
@@ -58,16 +59,13 @@ class Run:
         self._log = logging.LoggerAdapter(logging.getLogger("flow-agent"), log_extra(run))
         self._entry = Entry(record, kit.journal, boot_id(), self._log)
         self._wish = StopWish(record.stopped, record.why)
-        self._attempt = Attempt(self._entry, self._wish, kit, work, self._log)
+        self._countdown = Countdown(run, work.flows, kit.leads, kit.clock)
+        self._attempt = Attempt(self._entry, self._wish, kit, work, self._countdown, self._log)
         self._ending = Ending(self._entry, work.flows, kit, kit.launcher.output(run.id), self._log)
 
     @property
     def id(self) -> str:
-        return self._offer.id
-
-    @property
-    def deployment_id(self) -> str | None:
-        return self._offer.deployment_id
+        return self.offer.id
 
     @property
     def phase(self) -> Phase:
@@ -103,7 +101,9 @@ class Run:
             self._entry.abandon(closed)
             return None
         id_, doubt = self._entry.record.claim_id, self._recovered
-        settled = await claim(kit.backend, self._offer, id_, patience=kit.patience, health=kit.health, in_doubt=doubt)
+        settled = await claim(
+            kit.backend, self.offer, id_, patience=kit.patience, health=kit.health, clock=kit.clock, in_doubt=doubt
+        )
         if isinstance(settled, NotOurs):
             self._refuse(settled)
             await self._entry.close(closed)
@@ -133,6 +133,7 @@ class Run:
                 facts = replace(facts, stopped=self._wish.reason, why=self._wish.why, hooks_seen=hooks_seen)
                 if isinstance(decision, Relaunch):  # stopped between two deeds
                     found, decision = await self._ending.look(replace(facts, starts=MAX_STARTS))
+                self._countdown.ended(found, facts.starts)
                 await self._exited(facts)
                 outcome = await self._ending.settle(found, decision, facts, await self._job_of(facts))
             await self._attempt.show_rest()
@@ -190,7 +191,7 @@ class Run:
     async def _prepare(self, attempt: int) -> tuple[Job | None, Report | None]:
         """How to start the run, or why it cannot be; meanwhile the server is told that somebody is about to start it.
 
-        Waits for room on the disk, however long.
+        Waits for room on the disk, however long, and until it is time.
         """
         if self.phase != Starting(attempt=attempt):  # an earlier agent may have got as far
             await self._entry.to(Starting(attempt=attempt))
@@ -200,13 +201,14 @@ class Run:
             nursery.start_soon(self._say_submitting)
             failpoint("before job")
             try:
-                job = await self._kit.patience.until_answered(lambda: self._kit.backend.job(self._offer))
+                job = await self._kit.patience.until_answered(lambda: self._kit.backend.job(self.offer))
             except NotFound:
                 gone = "Its deployment has been deleted."
                 return None, Report(type=StateType.CANCELLED, message=gone, outcome=Outcome.CANCELLED, force=True)
             except (JobError, Refused) as error:
                 return None, _cannot_start(StateType.FAILED, Outcome.FAILED, error)
             failpoint("after job")
+        await self._countdown.wait()
         return job, None
 
     async def _say_submitting(self) -> None:
@@ -230,7 +232,7 @@ class Run:
         job = self._entry.record.job
         if job is None and facts.how is not None:
             try:
-                return await self._kit.patience.until_answered(lambda: self._kit.backend.job(self._offer))
+                return await self._kit.patience.until_answered(lambda: self._kit.backend.job(self.offer))
             except (NotFound, JobError, Refused) as error:
                 self._log.debug("cannot learn how it was started: %s", error)
         return job
@@ -241,7 +243,7 @@ class Run:
             return
         code = -how.signal if how.signal is not None else how.code or 0
         pid = int(record.where.rpartition(":")[2])
-        await self._kit.teller.ended(self._offer, record.job, pid, code, record.event)
+        await self._kit.teller.ended(self.offer, record.job, pid, code, record.event)
 
     async def _unless_stopped(
         self, call: Callable[[], Awaitable[tuple[Job | None, Report | None]]]

@@ -53,6 +53,36 @@ class Source:
         """The work pool, once it has been read and found usable."""
         return self._pool
 
+    @property
+    def resources(self) -> frozenset[str]:
+        """The server's names for what runs of ours belong to, as far as it has been read: what its events are about."""
+        work = self.work
+        if work.deployments:
+            return frozenset(f"prefect.deployment.{deployment}" for deployment in self._deployments)
+        if work.pool is not None and not work.queues:  # with `match`, too: a queue that is new is in there
+            return frozenset() if self._pool is None else frozenset({f"prefect.work-pool.{self._pool.id}"})
+        return frozenset(f"prefect.work-queue.{queue.id}" for queue in self._queues)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `resources` is all there is to it. With `match` there may be more at any time, and tags are no place."""
+        work = self.work
+        if work.match or work.tags:
+            return False
+        named = len(work.deployments) or len(work.queues)
+        return (work.pool is None or self._pool is not None) and len(self._deployments or self._queues) == named
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether runs wait there for others to end that need not be ours."""
+        limited = (self._pool, *self._queues)
+        return any(one is not None and one.concurrency_limit is not None for one in limited)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether runs may wait there of which the server would not say when they can be had: a pause, a queue that fails."""
+        return bool(self._alone) or any(one is not None and one.is_paused for one in (self._pool, *self._queues))
+
     async def due(self, *, before: datetime, limit: int) -> list[FlowRun]:
         """The runs due before that time, in the server's order. Raises `BackendError` when the server could not be asked."""
         if self._read_at is None or trio.current_time() - self._read_at >= REREAD_SECONDS:

@@ -1,8 +1,9 @@
 """Stands for a Python with Prefect where hundreds of runs are wanted: a real engine takes seconds, this one milliseconds.
 
 Copied to a file named `python-VERSION`, made executable and given to the agent as `flows.python`, it plays all that an agent asks
-of such a Python: which Prefect it has (`-c QUESTION`), the engine (`-m prefect.engine`) and the helper that runs hooks
-(`-c HELPER KIND MESSAGE`). What the run shall do stands in its parameters:
+of such a Python: which Prefect it has (`-c QUESTION`), the engine (`-m prefect.engine`), the helper that runs hooks
+(`-c HELPER KIND MESSAGE`) and the fork server (`-c PROGRAM LINE`), unless a file named `refuses` stands beside it. What the
+run shall do stands in its parameters:
 
     outcome   completes, fails, crashes (kills itself) or is cancelled (waits for its signal)
     trace     a file that gets the line "RUN_ID PID" once the server has accepted RUNNING: the body has begun
@@ -124,12 +125,52 @@ def run_hook(kind: str) -> None:
     append(call("GET", f"/flow_runs/{run_id}")["parameters"]["hooks"], f"{kind.removeprefix('on_')} {run_id}")
 
 
-match sys.argv[1:]:
-    case ["-c", _question]:
-        print("\nflow-agent:" + json.dumps({"prefect": VERSION, "paths": []}))
-    case ["-m", "prefect.engine"]:
-        Engine().run()
-    case ["-c", _helper, kind, _message]:
-        run_hook(kind)
-    case other:
-        sys.exit(f"cannot play this part of a Python with Prefect: {other}")
+def serve_forks(program: str, line: str) -> None:
+    """What the fork server imports as Prefect's engine is this file."""
+    import importlib.abc
+    import importlib.util
+
+    me = sys.argv[0]
+    if os.path.exists(os.path.join(os.path.dirname(me), "refuses")):  # noqa: PTH110, PTH118, PTH120 - as above
+        sys.exit("refused")
+    with open(me) as file:  # noqa: PTH123 - as above
+        own = file.read()
+    sources = {
+        "prefect": "import prefect.context, prefect.logging.configuration",
+        "prefect.engine": own,
+        "prefect.context": "def root_settings_context(): pass",
+        "prefect.logging": "",
+        "prefect.logging.configuration": "PROCESS_LOGGING_CONFIG = {}\ndef setup_logging(**_): pass",
+    }
+
+    class Played(importlib.abc.InspectLoader):
+        def get_source(self, fullname: str) -> str:
+            return sources[fullname]
+
+        def is_package(self, fullname: str) -> bool:
+            return fullname in ("prefect", "prefect.logging")
+
+        def find_spec(self, fullname: str, _path: object = None, _target: object = None) -> object:
+            if fullname in sources:
+                return importlib.util.spec_from_loader(fullname, self, origin=me)
+            if fullname.partition(".")[0] in ("asyncio", "concurrent", "multiprocessing", "sqlite3", "zoneinfo"):
+                raise ImportError(f"{fullname} takes time, and nobody here needs it")
+            return None
+
+    sys.meta_path.insert(0, Played())
+    sys.argv[:] = ["-c", line]
+    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case [] | ["-m", "prefect.engine"]:
+            Engine().run()
+        case ["-c", _question]:
+            print("\nflow-agent:" + json.dumps({"prefect": VERSION, "paths": []}))
+        case ["-c", program, line]:
+            serve_forks(program, line)
+        case ["-c", _helper, kind, _message]:
+            run_hook(kind)
+        case other:
+            sys.exit(f"cannot play this part of a Python with Prefect: {other}")

@@ -286,7 +286,7 @@ class Starter:
     def group(self, run_id: str) -> None:
         return None
 
-    async def plan(self, job: Job, flows: Flows) -> Any:
+    async def plan(self, job: Job, flows: Flows, *, again: bool = False) -> Any:
         await trio.lowlevel.checkpoint()
         return SimpleNamespace(runs_own_hooks=self._world.script.modern, is_engine=True)
 

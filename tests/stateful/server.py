@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -107,7 +108,7 @@ class FakeServer(FakeBackend):
             self.world.say(f"somebody cancels: {verdict.answer.value}")
             self.cancelled |= verdict.answer is not Answer.ABORT
 
-    def _offers(self, limit: int) -> list[FlowRun]:
+    def _offers(self, limit: int, before: datetime) -> list[FlowRun]:
         found = self._described()
         return [found] if found.state_type is StateType.SCHEDULED else []
 

@@ -28,6 +28,7 @@ from supervisor.runs.roster import Roster
 from supervisor.runs.run import Run
 from supervisor.runs.sources import Source
 from supervisor.runs.teller import Teller
+from supervisor.runs.timetable import Timetable
 from tests.fakes import NoOutput
 from tests.stateful.machine import Died, Disk, Engine, Held, Life, Paper, Process, Starter
 from tests.stateful.script import (
@@ -164,6 +165,10 @@ class World:
         await self.wait_gone([process.ref for process in others], grace)
         return 0
 
+    async def look(self, ref: ProcessRef | None, run_id: str, known: object = (), group: None = None) -> list[Process]:
+        await trio.lowlevel.checkpoint()
+        return self.living()
+
     async def end_leftovers(
         self, run_id: str, ref: ProcessRef | None, *, grace: float = 5.0, group: None = None
     ) -> int:
@@ -236,7 +241,15 @@ class World:
         roster = Roster(1, lambda run, source: self._new_run(run, work, kit), room=lambda: not journal.full)
         recovering = Recovery(roster, lambda record, work: Run(record, work, kit, recovered=True), [work], flows, kit)
         poller = Poller(
-            Source(work, self.server), roster, health, pulse, poll=poll, prefetch_seconds=10.0, turn_seconds=100.0
+            Source(work, self.server),
+            roster,
+            Timetable(roster.admit, kit.clock),
+            kit.leads,
+            health,
+            pulse,
+            poll=poll,
+            prefetch_seconds=10.0,
+            turn_seconds=100.0,
         )
         canceller = Canceller(self.server, roster, health, pulse, poll=poll, turn_seconds=100.0)
         life.end = journal.close

@@ -1,9 +1,18 @@
-"""The calls that the REST rooms make: paths and decoded JSON, nothing of HTTP."""
+"""The calls that the REST rooms make: paths, decoded JSON and text messages, nothing of HTTP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
+
+
+class Channel(Protocol):
+    """A websocket. Both methods raise a `BackendError` once it has ended, however that was."""
+
+    async def send(self, text: str) -> None: ...
+
+    async def receive(self) -> str: ...
 
 
 class Api(Protocol):
@@ -20,3 +29,9 @@ class Api(Protocol):
     async def patch(self, path: str, body: Any) -> Any: ...
 
     async def delete(self, path: str) -> None: ...
+
+    @property
+    def secret(self) -> str | None:
+        """What is shown to be let in where no header can be: the login or the key as it is."""
+
+    def websocket(self, path: str, subprotocol: str) -> AbstractAsyncContextManager[Channel]: ...

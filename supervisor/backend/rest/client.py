@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 
-from supervisor.backend.rest import runs, sources
+from supervisor.backend.rest import events, runs, sources
 from supervisor.backend.rest import worker as workers
 from supervisor.backend.rest.api import Api
 from supervisor.backend.rest.job import read_job
@@ -128,6 +129,9 @@ class RestBackend:
 
     async def cancelling(self, run_ids: Sequence[str]) -> dict[str, State]:
         return await runs.cancelling(self._api, run_ids)
+
+    def listen(self, names: Sequence[str], resources: Sequence[str]) -> AbstractAsyncContextManager[events.Notices]:
+        return events.listen(self._api, names, resources)
 
     # --- about us --------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supervisor.backend.rest.api import Api
 from supervisor.backend.rest.wire import PAGE, WireRun, WireState, WireVerdict, clean, decode, segment
 from supervisor.errors import NotFound
 from supervisor.model import FlowRun, Proposal, State, StateType, Verdict
+
+# How many ids are asked about at once. A list in a condition may be as long as it likes, unlike an answer, but each id is a
+# variable to the server's database, and SQLite before 3.32 takes 999.
+MOST_IDS = 900
 
 
 async def read_run(api: Api, run_id: str) -> FlowRun:
@@ -55,20 +59,18 @@ async def renew_lease(api: Api, lease_id: str, seconds: float) -> None:
 
 async def cancelling(api: Api, run_ids: Sequence[str]) -> dict[str, State]:
     found: dict[str, State] = {}
-    for ids in _chunks(run_ids):
-        body = {
-            "flow_runs": {
-                "id": {"any_": ids},
-                # The older form of the wish, of Prefect 2, has the type CANCELLED.
-                "state": {"type": {"any_": [StateType.CANCELLING, StateType.CANCELLED]}},
-            },
-            "limit": PAGE,
+    for start in range(0, len(run_ids), MOST_IDS):
+        condition = {
+            "id": {"any_": list(run_ids[start : start + MOST_IDS])},
+            # The older form of the wish, of Prefect 2, has the type CANCELLED.
+            "state": {"type": {"any_": [StateType.CANCELLING, StateType.CANCELLED]}},
         }
-        for run in decode(list[WireRun], await api.post("/flow_runs/filter", body), "the runs being cancelled"):
-            if run.state is not None:
-                found[run.id] = run.state.model()
+        offset = 0
+        while True:
+            body = {"flow_runs": condition, "limit": PAGE, "offset": offset}
+            page = decode(list[WireRun], await api.post("/flow_runs/filter", body), "the runs being cancelled")
+            found.update((run.id, run.state.model()) for run in page if run.state is not None)
+            if len(page) < PAGE:
+                break
+            offset += PAGE  # one that is missed, because another has left the list meanwhile, is found at the next poll
     return found
-
-
-def _chunks(ids: Sequence[str]) -> Iterable[list[str]]:
-    return (list(ids[start : start + PAGE]) for start in range(0, len(ids), PAGE))

@@ -71,6 +71,7 @@ class WireState(msgspec.Struct):
     message: str | None = None
     state_details: WireStateDetails | None = None
     data: Any = None
+    timestamp: datetime | None = None
 
     def model(self) -> State:
         kind = _STATE_TYPES.get(self.type)
@@ -86,6 +87,7 @@ class WireState(msgspec.Struct):
             lease_id=details.deployment_concurrency_lease_id,
             pause_reschedule=bool(details.pause_reschedule),
             data=self.data,
+            at=_utc(self.timestamp),
         )
 
 
@@ -108,6 +110,7 @@ class WireRun(msgspec.Struct):
     state: WireState | None = None
     expected_start_time: datetime | None = None
     next_scheduled_start_time: datetime | None = None
+    start_time: datetime | None = None
     empirical_policy: WirePolicy | None = None
     work_queue_name: str | None = None
     work_pool_name: str | None = None
@@ -129,6 +132,7 @@ class WireRun(msgspec.Struct):
             state=None if self.state is None else self.state.model(),
             # A retry or a resumed run is due later than it was first expected to be.
             expected_start=_utc(self.next_scheduled_start_time or self.expected_start_time),
+            started=_utc(self.start_time),
             retry_in_process=self.empirical_policy is not None and self.empirical_policy.retry_type == "in_process",
             work_queue_name=self.work_queue_name,
             work_pool_name=self.work_pool_name or pool,
@@ -196,6 +200,7 @@ class WireQueue(msgspec.Struct):
     is_paused: bool | None = None
     work_pool_name: str | None = None
     priority: int | None = None
+    concurrency_limit: int | None = None
     filter: WireFilter | None = None
 
     def model(self) -> Queue:
@@ -205,6 +210,7 @@ class WireQueue(msgspec.Struct):
             is_paused=bool(self.is_paused),
             pool_name=self.work_pool_name,
             priority=self.priority,
+            concurrency_limit=self.concurrency_limit,
         )
 
 

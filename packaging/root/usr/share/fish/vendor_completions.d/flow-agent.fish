@@ -7,7 +7,7 @@ complete -c flow-agent -n '__fish_seen_subcommand_from start' -s q -l work-queue
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -s m -l match -x -d 'Take runs from every work queue that starts so'
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -s p -l pool -x -d 'The work pool to take runs from'
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -s l -l limit -x -d 'How many flow runs at once'
-complete -c flow-agent -n '__fish_seen_subcommand_from start' -l prefetch-seconds -x -d 'How long before it is due a run is taken'
+complete -c flow-agent -n '__fish_seen_subcommand_from start' -l prefetch-seconds -x -d 'How long before it is due a run is taken at most'
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -l run-once -d 'Poll once, wait for those runs, and end'
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -l hide-welcome -d 'Start without the welcome'
 complete -c flow-agent -n '__fish_seen_subcommand_from start' -l api -x -d 'The Prefect server'
