@@ -393,3 +393,16 @@ async def test_a_websocket_that_opens_is_a_sign_that_a_server_that_failed_answer
         await trio.sleep(61)
         assert [run.id for run in scene.runs] == ["r1", "r2"]
         assert backend.count("cancelling") >= 2
+
+
+@on_jumping_clock
+async def test_a_websocket_that_opens_is_no_reason_to_ask_before_the_time_that_the_server_has_named() -> None:
+    backend = TalkingBackend()
+    async with Scene(backend, [work(pool="a")]).acted():
+        backend.always = {"due_in_pool": ServerTrouble("429", retry_after=300.0)}
+        asked = backend.asked("a")
+        backend.ear.end()
+        await trio.sleep(250)
+        assert backend.asked("a") == asked + 1
+        await trio.sleep(100)
+        assert backend.asked("a") == asked + 2

@@ -21,7 +21,7 @@ from supervisor.process.interpreter import Interpreter, Interpreters
 
 log = logging.getLogger("flow-agent")
 
-PATIENCE_SECONDS = 10.0  # for a fork server that is being made: a cold start would import the same
+PATIENCE_SECONDS = 30.0  # for a fork server that is being made: a cold start would import the same
 MAX_COPIES = 2000  # then it is made anew, whatever it looks like
 MAX_GROWTH = 1.5  # times the size it had at first
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds between two tries to make one that fails

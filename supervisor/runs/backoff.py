@@ -32,6 +32,11 @@ class Backoff:
     def failing(self) -> bool:
         return self._failures > 0
 
+    @property
+    def told_to_wait(self) -> bool:
+        """Whether the server itself has said how long it wants to be left alone."""
+        return self._at_least > 0
+
     def succeeded(self) -> None:
         self._failures = 0
         self._at_least = 0.0

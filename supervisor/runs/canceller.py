@@ -68,7 +68,7 @@ class Canceller:
         if run_id is None or run_id in self._roster.cancellable():
             self._pace.told()
             self._called.set()
-            if run_id is None and self._backoff.failing:
+            if run_id is None and self._backoff.failing and not self._backoff.told_to_wait:
                 self._nap.cancel()  # it answers again
 
     def push(self, tables: frozenset[str]) -> None:

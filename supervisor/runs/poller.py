@@ -113,11 +113,12 @@ class Poller:
     def wake(self, *, in_any_case: bool = False) -> None:
         """Polls soon: the server says that there may be something new. Calls that come together share a poll.
 
-        A server that has failed is let alone for now, unless `in_any_case`: there is a sign that it answers again.
+        A server that has failed is let alone for now, unless `in_any_case`: there is a sign that it answers again. One that
+        has said for how long is let alone for so long.
         """
         self._pace.told()
         self._called.set()
-        if in_any_case and self._backoff.failing:
+        if in_any_case and self._backoff.failing and not self._backoff.told_to_wait:
             self._nap.cancel()
 
     def push(self, on: bool) -> None:
