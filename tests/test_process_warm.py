@@ -208,6 +208,18 @@ async def test_how_a_copy_ends_is_known_as_of_any_child(tmp_path: Path, engine: 
 
 
 @in_trio
+async def test_a_copy_begins_only_when_the_agent_has_inherited_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = "if os.fork() != 0:\n"
+    assert at_once in forkserver.PROGRAM
+    slow = forkserver.PROGRAM.replace(at_once, at_once + "            time.sleep(0.5)\n")
+    monkeypatch.setattr(forkserver, "PROGRAM", slow)
+    async with serving(tmp_path, "import os; os._exit(os.getppid() % 251)") as server:
+        assert await (await copy(server, tmp_path)).wait() == Exit(code=os.getpid() % 251)
+
+
+@in_trio
 async def test_what_is_registered_for_the_end_of_a_python_is_done(tmp_path: Path) -> None:
     site = fake_prefect(tmp_path, "import atexit; atexit.register(print, '1', flush=True)")
     (site / "early.py").write_text("import atexit; atexit.register(print, '2', flush=True)")

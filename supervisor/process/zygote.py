@@ -109,8 +109,6 @@ class Conversation:
     def wait_for_go(self) -> None:
         if self._read(1) != GO:
             os._exit(1)
-
-    def close(self) -> None:
         self._socket.close()
 
     def _read(self, count: int) -> bytes:
@@ -197,7 +195,6 @@ def become(talk: Conversation, memory: Memory, output: int) -> None:
     memory.show(asked["env"])
     talk.answer(pid=os.getpid())
     talk.wait_for_go()
-    talk.close()
     # Not before: by these words the next agent knows a run that has begun (`supervisor.process.adopt`).
     memory.call_it([sys.executable, "-m", ENGINE])
 
@@ -242,8 +239,11 @@ def copied(descriptors: list[int]) -> bool:
     """Fork twice: True in the copy that nobody here is the parent of, False in this process."""
     between = os.fork()
     if between == 0:
+        between = os.getpid()
         if os.fork() != 0:
             os._exit(0)
+        while os.getppid() == between:  # what ended before the agent has inherited it would end unseen
+            time.sleep(0.0005)
         return True
     os.waitpid(between, 0)
     for descriptor in descriptors:
