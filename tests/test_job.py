@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 
-from supervisor.backend.rest.job import read_job
+from supervisor.backend.rest.api import Api
+from supervisor.backend.rest.job import FLOWS, POOL_SECONDS, Common, read_job
 from supervisor.errors import BackendError, JobError, LostAnswer, NotFound, ServerTrouble
 from supervisor.model import FlowRun, Job, Pool, StateType
+from tests.fakes import on_jumping_clock
 
 FLOW = {"id": "f1", "created": "2026-11-21T07:46:27.792955Z", "name": "probe", "tags": [], "labels": {}}
 TEMPLATE = {
@@ -160,6 +162,43 @@ def test_the_three_records_are_asked_for_once_each_when_the_run_names_its_pool()
     api = in_pool()
     read(api, a_run(work_pool_name="p1"))
     assert sorted(api.asked) == [("/deployments/d1", None), ("/flows/f1", None), ("/work_pools/p1", None)]
+
+
+@pytest.mark.parametrize("named", [{"work_pool_name": "p1"}, {}])
+@on_jumping_clock
+async def test_many_runs_ask_once_for_the_pool_and_the_flow_that_they_share(named: dict[str, str]) -> None:
+    api = in_pool()
+    common = Common(cast(Api, api))
+
+    async def jobs() -> Job:
+        return await read_job(cast(Api, api), a_run(**named), 3, common=common)
+
+    first = await jobs()
+    await trio.sleep(POOL_SECONDS - 0.1)
+    assert await jobs() == first
+    api.answers["/work_pools/p1"] = pool_answer(template={"job_configuration": {"command": "new"}})
+    assert await jobs() == first
+    assert sorted(path for path, _ in api.asked) == [*["/deployments/d1"] * 3, "/flows/f1", "/work_pools/p1"]
+    await trio.sleep(0.2)
+    assert (await jobs()).command == ("new",), "what was changed counts after a few seconds"
+
+
+@on_jumping_clock
+async def test_a_pool_that_is_not_there_is_looked_for_by_every_run() -> None:
+    api = FakeApi({"/deployments/d1": DEPLOYMENT_38})
+    common = Common(cast(Api, api))
+    assert await common.pool("p1") is None
+    api.answers["/work_pools/p1"] = pool_answer()
+    assert (await common.pool("p1"))["name"] == "p1"
+
+
+@on_jumping_clock
+async def test_no_more_than_some_names_of_flows_are_kept() -> None:
+    api = FakeApi({f"/flows/f{number}": FLOW for number in range(FLOWS + 1)})
+    common = Common(cast(Api, api))
+    for number in (*range(FLOWS + 1), FLOWS, 0):
+        assert await common.flow_name(f"f{number}") == "probe"
+    assert len(api.asked) == FLOWS + 2, "the last was known, the first is forgotten"
 
 
 def test_the_deployments_pool_is_read_when_the_run_names_none() -> None:

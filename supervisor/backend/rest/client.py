@@ -10,7 +10,7 @@ from datetime import datetime
 from supervisor.backend.rest import events, runs, sources
 from supervisor.backend.rest import worker as workers
 from supervisor.backend.rest.api import Api
-from supervisor.backend.rest.job import read_job
+from supervisor.backend.rest.job import Common, read_job
 from supervisor.backend.rest.wire import WireRun, decode
 from supervisor.errors import NotFound, ServerTrouble
 from supervisor.model import Deployment, FlowRun, Job, LogRecord, Pool, Proposal, Queue, Server, State, Verdict
@@ -31,6 +31,7 @@ class RestBackend:
         self._environ = dict(environ or {})
         self._server: Server | None = None
         self._events = True
+        self._common = Common(api)
 
     def use(self, environ: Mapping[str, str]) -> None:
         """What `{{ $NAME }}` is filled from, from now on."""
@@ -115,7 +116,8 @@ class RestBackend:
         return await runs.propose(self._api, run_id, proposal)
 
     async def job(self, run: FlowRun) -> Job:
-        return await read_job(self._api, run, await self.generation(), environ=self._environ)
+        generation = await self.generation()
+        return await read_job(self._api, run, generation, environ=self._environ, common=self._common)
 
     async def patch_infrastructure(self, run_id: str, pid: str | None) -> None:
         await runs.patch_infrastructure(self._api, run_id, pid)

@@ -12,6 +12,7 @@ Where the flow's code comes from (pull steps, storage block, path) is the engine
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from supervisor.model import FlowRun, Job, Pool
 AGENT_POOL = "prefect-agent"
 _SECRETS = {"include_secrets": True}
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+POOL_SECONDS = 5.0  # for which a pool's record counts: Prefect's own workers read theirs each 15 seconds
+FLOWS = 1000  # of which the name is remembered
 
 T = TypeVar("T")
 
@@ -66,7 +69,39 @@ class _Block(msgspec.Struct, frozen=True):
     block_type: _BlockType | None = None
 
 
-async def read_job(api: Api, run: FlowRun, major: int, *, environ: Mapping[str, str] = _NOTHING) -> Job:
+class Common:
+    """What many runs have in common, asked for once: the names of flows, which never change, and for a while pools. Owns both."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._flows: OrderedDict[str, str] = OrderedDict()
+        self._pools: dict[str, tuple[float, Any]] = {}
+
+    async def flow_name(self, flow_id: str) -> str:
+        """Raises `NotFound` when the flow has been deleted before it was ever asked for."""
+        if flow_id not in self._flows:
+            self._flows[flow_id] = decode(_Flow, await self._api.get(f"/flows/{flow_id}"), "the run's flow").name
+            if len(self._flows) > FLOWS:
+                self._flows.popitem(last=False)
+        return self._flows[flow_id]
+
+    async def pool(self, name: str | None) -> Any:
+        """The pool's record, `POOL_SECONDS` old at most; None when there is no such pool, or no name."""
+        if name is None:
+            return None
+        now = trio.current_time()
+        self._pools = {one: known for one, known in self._pools.items() if now - known[0] < POOL_SECONDS}
+        if name not in self._pools:
+            try:
+                self._pools[name] = now, await self._api.get(f"/work_pools/{segment(name)}")
+            except NotFound:
+                return None
+        return self._pools[name][1]
+
+
+async def read_job(
+    api: Api, run: FlowRun, major: int, *, environ: Mapping[str, str] = _NOTHING, common: Common | None = None
+) -> Job:
     """How to start this run. `major` is the server's generation, 2 or 3.
 
     `environ` is all that `{{ $NAME }}` in a template may read. Raises `JobError` for what cannot be started here,
@@ -76,16 +111,17 @@ async def read_job(api: Api, run: FlowRun, major: int, *, environ: Mapping[str, 
     """
     if run.deployment_id is None:
         raise JobError("cannot start the run: it has no deployment, which would say where its code is; deploy the flow")
-    answers = await _together(
+    common = common or Common(api)
+    answer, flow_name, record = await _together(
         lambda: api.get(f"/deployments/{run.deployment_id}"),
-        lambda: api.get(f"/flows/{run.flow_id}"),
-        lambda: _read_pool(api, run.work_pool_name),
+        lambda: common.flow_name(run.flow_id),
+        lambda: common.pool(run.work_pool_name),
     )
-    deployment = decode(_Deployment, answers[0], "the run's deployment")
-    flow = decode(_Flow, answers[1], "the run's flow")
+    deployment = decode(_Deployment, answer, "the run's deployment")
     # The run's own pool decides, as it does for Prefect's workers; offers and old runs do not always name it.
     pool_name = run.work_pool_name or deployment.work_pool_name
-    record = answers[2] if run.work_pool_name else await _read_pool(api, pool_name)
+    if not run.work_pool_name:
+        record = await common.pool(pool_name)
     if pool_name is not None and record is None:
         raise JobError(
             f"cannot start the run: its work pool '{pool_name}' does not exist (any more);"
@@ -112,7 +148,7 @@ async def read_job(api: Api, run: FlowRun, major: int, *, environ: Mapping[str, 
         command=template.as_command(settings.get("command"), lenient=major < 3),
         env=template.as_env(settings.get("env")),
         working_dir=template.as_working_dir(settings.get("working_dir")),
-        flow_name=flow.name,
+        flow_name=flow_name,
         deployment_id=deployment.id,
         deployment_name=deployment.name,
         pool=pool,
@@ -124,16 +160,6 @@ def _not_ours(pool: Pool) -> str:
     if pool.type.endswith((":push", ":managed")):
         return f"{what}, whose runs Prefect starts itself; take this pool out of the agent's configuration"
     return f"{what}; start a worker of that type for it, or move the deployment to a pool of type 'process'"
-
-
-async def _read_pool(api: Api, name: str | None) -> Any:
-    """The pool's record; None when there is no such pool, or no name."""
-    if name is None:
-        return None
-    try:
-        return await api.get(f"/work_pools/{segment(name)}")
-    except NotFound:
-        return None
 
 
 async def _process_block(api: Api, document_id: str) -> dict[str, Any]:
