@@ -6,6 +6,7 @@
 # make release all that the page of a release holds in dist/release/, and a table of it
 # make generate completions and agent.toml(5) after a change of commands or docs/configuration.md
 # make bench   flow-agent beside the real Prefect worker and agent, in one session, as ratios in docs/benchmarks.md; ROUNDS=n
+# make scale   what 500 live runs cost the agent, and what 2,000 leave behind in it
 # make binary  dist/flow-agent and dist/onedir/: what people download, and what the packages hold
 # make demo    a Prefect server, the agent and three flow runs, shown live and removed again
 #
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench binary demo test torture units lint envs machines packages release generate
+.PHONY: bench scale binary demo test torture units lint envs machines packages release generate
 
 SERVERS := 3.8.8 2.20.26
 ENGINES := 3.4.25 3.6.29
@@ -59,6 +60,8 @@ demo: $(VENV)/.installed
 
 bench: binary envs
 	$(VENV)/bin/python -m benchmarks $(if $(ROUNDS),--rounds $(ROUNDS))
+
+scale: envs
 	$(VENV)/bin/python -m benchmarks.scale
 
 envs: $(VENV)/.dev  # two at a time: some of it is waiting for the network

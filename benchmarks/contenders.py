@@ -80,6 +80,14 @@ class Running(ABC):
         """A run that is due in that many seconds. Returns its id."""
         return self.api.create_run(self._deployments[flow], parameters, due_in=due_in)
 
+    def pause(self, on: bool) -> None:
+        """Whether its pool or queue hands out nothing for now."""
+        if "pool" in self.place:
+            path = f"/work_pools/{self.place['pool']}"
+        else:
+            path = f"/work_queues/{self.api.get('/work_queues/name/' + self.place['queue'])['id']}"
+        self.api.patch(path, {"is_paused": on})
+
     def settle(self) -> None:
         """Waits until no process of a run is left, and notes which processes stay: `residents`."""
         wait_until(

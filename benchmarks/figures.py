@@ -59,7 +59,7 @@ ROWS = {
         "no-op runs at limit 1",
         "a minute",
         "throughput 1",
-        "Runs that do nothing, all due at once: from the first one's creation to the last one's end.",
+        "Runs that do nothing, all due at once: from when the pool or queue hands them out to the last one's end.",
         more_is_better=True,
     ),
     "throughput 4": Row("no-op runs at limit 4", "a minute", "throughput 4", "The same.", more_is_better=True),
@@ -90,7 +90,9 @@ ROWS = {
         "idle alone",
         "The same as it would be with nobody else on the machine: its own pages, and every file's pages once.",
     ),
-    "idle cpu": Row("idle CPU", "s a minute", "idle cpu", "Of all its processes, nothing being due."),
+    "idle cpu": Row(
+        "idle CPU", "s a minute", "idle cpu", "Of all its processes, nothing having been due for half a minute."
+    ),
     "cpu own": Row(
         "own CPU a run",
         "ms",

@@ -31,6 +31,7 @@ class Deb:
     """The package: a folder, one process, in /usr."""
 
     processes = 1
+    start = "cold"
 
     def install(self, machine: Machine) -> None:
         self._install(machine, package("deb"))
@@ -47,9 +48,10 @@ class Deb:
 
 
 class Onefile:
-    """The single download, installed by itself: two processes, in /usr/local."""
+    """The single download, installed by itself: two processes, in /usr/local. Its runs start warm."""
 
     processes = 2
+    start = "warm"
 
     def install(self, machine: Machine) -> None:
         machine.path("/root/flow-agent").write_bytes(binary("onefile").read_bytes())
@@ -100,7 +102,7 @@ class Unit:
             "agent": {"limit": 8},
             "api": {"url": self.api.server.url},
             "poll": {"interval_seconds": 0.5, "cancel_interval_seconds": 0.5, "heartbeat_seconds": 2},
-            "flows": {"python": "/usr/bin/python3", "grace_seconds": 3},
+            "flows": {"python": "/usr/bin/python3", "grace_seconds": 3, "start": self.form.start},
         }
         for name, more in sections.items():
             values[name] = {**values.get(name, {}), **more}
@@ -170,11 +172,12 @@ class Unit:
         return self.machine.processes(f"system.slice/{UNIT}/{below}")
 
     def is_one_agent(self) -> None:
-        """No second one is left beside it, and it is all in its place."""
+        """No second one is left beside it, and it is all in its place, its fork server included."""
+        wanted = self.form.processes + (self.form.start == "warm")
         wait_until(
-            lambda: len(self.processes("supervisor")) == self.form.processes,
-            10,
-            f"there is one agent, of {self.form.processes} process(es)",
+            lambda: len(self.processes("supervisor")) == wanted,
+            20,
+            f"there is one agent, of {wanted} process(es)",
             more=lambda: str([process.cmdline() for process in self.processes("supervisor")]),
         )
 
