@@ -116,6 +116,7 @@ def the_journal_tells_the_story_of_a_run(unit: Unit) -> None:
     records = unit.machine.journal("-u", UNIT, f"FLOW_RUN_ID={run_id}")
     told = "\n".join(record["MESSAGE"] for record in records)
     assert "hello journal" in told, told
+    assert ("(warm)" in told) == (unit.form.start == "warm"), told
     for record in records:
         assert record["PRIORITY"] in "34567"
         assert record["SYSLOG_IDENTIFIER"] == "flow-agent"
