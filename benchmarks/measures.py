@@ -204,8 +204,8 @@ MEASURES = {
     for measure in (
         Measure("idle", idle, together=True, seconds=60),
         Measure("create", create_and_cancel, seconds=12),
-        Measure("late", late, every=2, together=True, seconds=110),
-        Measure("throughput", burst({None: 8, "cold": 8, "warm": 24}), seconds=30),
+        Measure("late", late, every=4, together=True, seconds=100),
+        Measure("throughput", burst({None: 16, "cold": 16, "warm": 24}), seconds=40),
         Measure("throughput-1", burst({None: 3, "cold": 4, "warm": 8}), limit=1, every=5, seconds=25),
         Measure("throughput-16", burst({None: 16, "cold": 16, "warm": 32}), limit=16, every=5, seconds=35),
     )

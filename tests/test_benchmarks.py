@@ -189,7 +189,7 @@ def test_every_contender_is_the_first_in_some_round_and_slow_measures_are_not_ta
     assert [turn.version for turn in at_4[:4]] == [VERSION, VERSION_2, VERSION_2, VERSION]
     taken = Counter(measure.name for turn in turns for measure in turn.measures)
     assert taken["create"] == 12
-    assert taken["late"] == 6
+    assert taken["late"] == 4
     assert taken["throughput-16"] == 4
     assert {turn.limit for turn in turns if turn.round == 1} == {4}
 
