@@ -236,7 +236,6 @@ def test_events_are_sent_as_workers_send_them(
     run = api.create_run(api.create_deployment("hello", pool=pool))
     agent = agent_process(server_3, [{"pool": pool}])
     api.wait_for_state(run)
-    agent.stop()
 
     def events() -> dict[str, Any]:
         wanted = {"event": {"prefix": ["prefect.worker."]}, "any_resource": {"id": [_pool_id(api, pool)]}}
@@ -244,6 +243,9 @@ def test_events_are_sent_as_workers_send_them(
             event["event"]: event for event in api.post("/events/filter", {"filter": wanted, "limit": 50})["events"]
         }
 
+    # A busy server may refuse the first heartbeats; what it has not heard of has not begun for it, and does not end.
+    wait_until(lambda: "prefect.worker.started" in events(), 30, "its first event", more=agent.log)
+    agent.stop()
     names = ("started", "submitted-flow-run", "executed-flow-run", "stopped")
     found = wait_until(
         lambda: seen if len(seen := events()) == len(names) else None, 30, "all events", more=lambda: str(events())

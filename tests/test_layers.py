@@ -65,13 +65,14 @@ def test_outside_libraries_stay_in_their_rooms(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", MODULES)
-def test_only_stop_sends_signals(file: str) -> None:
+def test_only_one_module_sends_signals(file: str) -> None:
     called = {
         (node.func.attr, node.lineno)
         for node in ast.walk(MODULES[file])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SIGNALLING
     }
-    assert not called or file == "process/stop.py", called
+    # stop.py has the kernel end whole control groups, which goes by the same name.
+    assert not called or file in {"process/signals.py", "process/stop.py"}, called
 
 
 @pytest.mark.parametrize("file", MODULES)

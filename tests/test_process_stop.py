@@ -21,7 +21,8 @@ from supervisor.process.environ import MARK
 from supervisor.process.launch import Child, launch
 from supervisor.process.members import members
 from supervisor.process.ref import alive, identify
-from supervisor.process.stop import end, end_leftovers, end_others, interrupt_group, wait_gone
+from supervisor.process.signals import hold, interrupt_group, let_go_on
+from supervisor.process.stop import end, end_leftovers, end_others, wait_gone
 from tests.waiting import wait_until
 
 # What the scripts below share. A process says its number once it is ready to be shot at.
@@ -403,6 +404,29 @@ def test_a_process_without_others_is_not_even_stopped(tmp_path: Path) -> None:
             assert await end_others(child.ref, z.run_id, grace=5) == 0
             assert psutil.Process(child.ref.pid).status() != psutil.STATUS_STOPPED
             await end(child.ref, z.run_id, grace=5)
+
+    zoo(tmp_path, visit)
+
+
+def test_a_process_that_is_held_does_nothing_until_it_is_let_go_on(tmp_path: Path) -> None:
+    counter = tmp_path / "counter"
+
+    async def visit(z: Zoo) -> None:
+        count = f"ready()\nwhile True:\n    open({str(counter)!r}, 'a').write('x')"
+        child = await z.open(count, 1)
+        for _ in range(20):
+            await hold(child.ref)
+            size = counter.stat().st_size if counter.exists() else 0
+            await trio.sleep(0.005)
+            assert counter.exists() is bool(size)
+            assert not size or counter.stat().st_size == size
+            let_go_on(child.ref)
+            with trio.fail_after(20):
+                while not counter.exists() or counter.stat().st_size == size:
+                    await trio.sleep(0.001)
+        await end(child.ref, z.run_id, grace=0)
+        with trio.fail_after(5):
+            await hold(child.ref)  # it is gone
 
     zoo(tmp_path, visit)
 

@@ -21,7 +21,7 @@ from supervisor.backend.http import HttpApi
 from supervisor.config import Api, Credentials
 from supervisor.demo.user import User
 from supervisor.errors import FlowAgentError
-from supervisor.process import stop
+from supervisor.process import signals, stop
 from supervisor.process.environ import MARK, inherited
 from supervisor.process.launch import Child, launch
 
@@ -105,7 +105,7 @@ class Stage:
         """
         with trio.CancelScope(shield=True):
             with trio.move_on_after(30):
-                if self._agent is not None and stop.interrupt_group(self._agent.ref, signal.SIGQUIT):
+                if self._agent is not None and signals.interrupt_group(self._agent.ref, signal.SIGQUIT):
                     with trio.move_on_after(10):  # QUIT: it ends its own runs first
                         await self._agent.wait()
                 for child in (self._agent, self._server):

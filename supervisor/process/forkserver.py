@@ -28,7 +28,8 @@ from supervisor.process.environ import MARK, STATE_MARK
 from supervisor.process.launch import is_spared, open_output, unspare
 from supervisor.process.reaper import expect
 from supervisor.process.ref import identify, read_stat
-from supervisor.process.stop import kill, wait_gone
+from supervisor.process.signals import kill
+from supervisor.process.stop import wait_gone
 
 log = logging.getLogger(__name__)
 

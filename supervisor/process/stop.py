@@ -1,17 +1,14 @@
-"""Ends runs. The only module that sends signals.
+"""Ends runs.
 
-Whose processes they are is known in `members.py`. Each is held by a pidfd and looked at again before it is signalled: a
-pid alone may be somebody else's by then.
+Whose processes they are is known in `members.py`; how one is signalled, in `signals.py`.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import signal
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -20,7 +17,8 @@ import trio
 from supervisor.lifecycle import ProcessRef
 from supervisor.process.cgroup import RunGroup
 from supervisor.process.members import look, ref_of
-from supervisor.process.ref import Stat, alive, identify, same
+from supervisor.process.ref import Stat, alive, identify
+from supervisor.process.signals import held, interrupt_group, send
 
 log = logging.getLogger(__name__)
 
@@ -28,69 +26,6 @@ LEFTOVER_GRACE = 5.0  # seconds for what a finished run left behind: its work is
 _SETTLE = 0.05  # seconds; the shortest pause between two looks where nothing wakes us
 _PATIENCE = 5.0  # seconds; the longest pause while something does not die of SIGKILL
 _WATCHED = 64  # how many ends are awaited at once: a run with thousands of processes must not eat our descriptors
-_NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMFILE, errno.ENFILE})
-
-
-# --- signals --------------------------------------------------------------------------------------------------------
-
-
-def interrupt_group(ref: ProcessRef, signum: int = signal.SIGTERM) -> bool:
-    """Send the signal to all of the process group that `ref` leads, at one stroke.
-
-    False when nothing was sent: the leader is gone or the number is another's by now. A leader that nobody has waited
-    for yet still counts.
-    """
-    if same(ref) is None or ref.pid == os.getpgrp():
-        return False
-    try:
-        os.killpg(ref.pid, signum)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _send(ref: ProcessRef, signum: int) -> bool:
-    """Send the signal to that very process. False when it is gone or not ours to signal."""
-    try:
-        with _held(ref) as pidfd:
-            if pidfd is not None:
-                signal.pidfd_send_signal(pidfd, signum)
-            elif alive(ref):
-                os.kill(ref.pid, signum)
-            else:
-                return False
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def kill(ref: ProcessRef) -> bool:
-    """End a process of our own that is no run. False when it is gone."""
-    return _send(ref, signal.SIGKILL)
-
-
-@contextmanager
-def _held(ref: ProcessRef) -> Iterator[int | None]:
-    """A pidfd of that very process; None where the kernel gives none. Raises `ProcessLookupError` when it is gone."""
-    try:
-        pidfd = os.pidfd_open(ref.pid)
-    except AttributeError:  # a Python built for kernels before 5.3
-        yield None
-        return
-    except OSError as error:
-        if error.errno not in _NO_PIDFD:
-            raise
-        yield None
-        return
-    try:
-        if not alive(ref):  # asked after the handle was opened: now the answer holds for what the handle holds
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        yield pidfd
-    finally:
-        os.close(pidfd)
-
-
-# --- ending ---------------------------------------------------------------------------------------------------------
 
 
 async def end(ref: ProcessRef | None, run_id: str, *, grace: float, group: RunGroup | None = None) -> int:
@@ -118,7 +53,7 @@ async def end_others(ref: ProcessRef, run_id: str, *, grace: float, group: RunGr
     """
     if not await _others(ref, run_id, group=group):
         return 0
-    _send(ref, signal.SIGSTOP)
+    send(ref, signal.SIGSTOP)
     asked: set[ProcessRef] = set()
     killed: set[ProcessRef] = set()
     deadline = trio.current_time() + grace
@@ -126,9 +61,9 @@ async def end_others(ref: ProcessRef, run_id: str, *, grace: float, group: RunGr
         for stat in others:
             if (member := ref_of(stat)) not in asked:
                 asked.add(member)
-                _send(member, signal.SIGTERM)
+                send(member, signal.SIGTERM)
                 if stat.state == "T":
-                    _send(member, signal.SIGCONT)
+                    send(member, signal.SIGCONT)
         hearing = [ref_of(stat) for stat in others if not _ignores(stat.pid, signal.SIGTERM)]
         left = deadline - trio.current_time()
         if hearing and left > 0:
@@ -136,14 +71,9 @@ async def end_others(ref: ProcessRef, run_id: str, *, grace: float, group: RunGr
             continue
         for stat in others:
             killed.add(ref_of(stat))
-            _send(ref_of(stat), signal.SIGKILL)
+            send(ref_of(stat), signal.SIGKILL)
         await wait_gone(killed, _PATIENCE)
     return len(killed)
-
-
-def let_go_on(ref: ProcessRef) -> None:
-    """Let a process go on that `end_others` has stopped."""
-    _send(ref, signal.SIGCONT)
 
 
 async def _others(
@@ -207,10 +137,10 @@ async def _ask_to_go(
         by_group = bool(new) and not asked and ref is not None and interrupt_group(ref)
         for stat in new:
             if not (by_group and ref is not None and stat.group == ref.pid):
-                _send(ref_of(stat), signal.SIGTERM)
+                send(ref_of(stat), signal.SIGTERM)
             # A stopped process takes no signal but this and SIGKILL. Sent to all: one that `end_others` has just stopped, or
             # an agent that died then, may not show it yet.
-            _send(ref_of(stat), signal.SIGCONT)
+            send(ref_of(stat), signal.SIGCONT)
             asked.add(ref_of(stat))
         left = deadline - trio.current_time()
         if left <= 0:
@@ -253,7 +183,7 @@ def _shoot(ref: ProcessRef | None, refs: Iterable[ProcessRef], group: RunGroup |
     if ref is not None:
         interrupt_group(ref, signal.SIGKILL)
     for member in refs:
-        _send(member, signal.SIGKILL)
+        send(member, signal.SIGKILL)
     if group is not None and by_list:
         group.freeze(False)
 
@@ -278,7 +208,7 @@ async def _wait_some(refs: Sequence[ProcessRef]) -> None:
         pidfds = []
         for ref in refs:
             try:
-                pidfd = stack.enter_context(_held(ref))
+                pidfd = stack.enter_context(held(ref))
             except ProcessLookupError:
                 continue
             if pidfd is None:

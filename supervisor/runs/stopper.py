@@ -17,7 +17,8 @@ from supervisor.model import Answer, Proposal, StateType
 from supervisor.process.adopt import Adopted
 from supervisor.process.cgroup import RunGroup
 from supervisor.process.channel import Intent, Session
-from supervisor.process.stop import end, end_others, let_go_on
+from supervisor.process.signals import hold, let_go_on
+from supervisor.process.stop import end, end_others
 from supervisor.runs.ending import engine_ran_hooks
 from supervisor.runs.entry import Entry
 from supervisor.runs.kit import Kit
@@ -92,6 +93,8 @@ class Stopper:
             failpoint("before others ended")
             killed = await end_others(child.ref, self._id, grace=grace, group=self._group)
             failpoint("after others ended")
+        if launched.is_engine and launched.runs_own_hooks and not leaving:
+            await hold(child.ref)  # or it could begin its hooks after we have looked whether it has
         if leaving or self._hooks_begun(launched):
             # An engine on its way out would take the signal for the run's: it would put CANCELLED or CRASHED over
             # what it has reported, or run once more the hooks it began when the server refused its COMPLETED.

@@ -62,6 +62,7 @@ def stand_ins(world: World) -> Mapping[str, Any]:
         "end": world.end,
         "end_others": world.end_others,
         "end_leftovers": world.end_leftovers,
+        "hold": world.hold,
         "let_go_on": world.let_go_on,
         "wait_gone": world.wait_gone,
         "look": world.look,

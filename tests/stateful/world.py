@@ -176,6 +176,13 @@ class World:
         await self.end(ref, run_id, grace=grace)
         return left
 
+    async def hold(self, ref: ProcessRef) -> None:
+        self.check()
+        for process in self.living(Engine):
+            if isinstance(process, Engine) and process.ref == ref:
+                process.stop()
+        await trio.lowlevel.checkpoint()
+
     def let_go_on(self, ref: ProcessRef) -> None:
         for process in self.living(Engine):
             if isinstance(process, Engine) and process.ref == ref:
