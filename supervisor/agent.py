@@ -162,7 +162,7 @@ class Agent:
     def welcome(self) -> None:
         """Says who started and where it looks for work."""
         config = self._reload.config
-        _log.info("flow-agent %s '%s' connected to %s", __version__, config.agent.name, config.api.url)
+        _log.info("flow-agent %s '%s' works for %s", __version__, config.agent.name, config.api.url)
         for work in config.work:
             _log.info("looking for work from %s", work)
 
