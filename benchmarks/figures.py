@@ -28,6 +28,11 @@ def percentile_95(values: list[float]) -> float:
     return sorted(values)[math.ceil(len(values) * 0.95) - 1]
 
 
+def distance(values: list[float]) -> float:
+    """The median of how far they are from 0, on either side of it."""
+    return statistics.median(abs(value) for value in values)
+
+
 def digits(value: float, meant: int = 2) -> str:
     """So many digits that mean something, and no more after the point than that takes."""
     if value == 0:
@@ -52,9 +57,19 @@ class Row(NamedTuple):
 ROWS = {
     "create": Row("create → RUNNING", "s", "create", "An ad-hoc run: from its creation to RUNNING."),
     "late": Row(
-        "lateness, median", "s", "late", "A scheduled run: from the time it is due to RUNNING. One is due at a time."
+        "off its time, median",
+        "s",
+        "late",
+        "A scheduled run: how much earlier or later than due it is RUNNING. One is due at a time.",
+        figure=distance,
     ),
-    "late 95": Row("lateness, p95", "s", "late", "The same; 95 % of the runs are not later.", figure=percentile_95),
+    "late 95": Row(
+        "lateness, p95",
+        "s",
+        "late",
+        "A scheduled run: from the time it is due to RUNNING; 95 % of the runs are not later.",
+        figure=percentile_95,
+    ),
     "throughput 1": Row(
         "no-op runs at limit 1",
         "a minute",
@@ -143,15 +158,16 @@ def figure(figures: Figures, row: str, who: str) -> float | None:
 
 
 def ratio(figures: Figures, row: str, who: str, reference: str) -> float | None:
-    """The contender's figure by the reference's; None when one is missing or the reference's is 0."""
+    """The contender's figure by the reference's; None when one is missing, below 0 (who is early is not so many times less
+    late), or the reference's is 0."""
     own, other = figure(figures, row, who), figure(figures, row, reference)
-    return own / other if own is not None and other else None
+    return own / other if own is not None and own >= 0 and other is not None and other > 0 else None
 
 
 def gain(figures: Figures, row: str, contender: Contender) -> float | None:
     """How many times better than its reference."""
     found = ratio(figures, row, contender.key, contender.reference)
-    if found is None or found <= 0:
+    if not found:
         return None
     return found if ROWS[row].more_is_better else 1 / found
 

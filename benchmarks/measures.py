@@ -45,13 +45,15 @@ class Sample(NamedTuple):
 class Measure:
     """`take` is given one contender, or with `together` all that are up; `every` second, third … round only.
 
-    `limit` is the contenders' limit; `seconds` a guess of how long one takes, for the first estimate of the end.
+    Each round takes it `times` times, all contenders' turns between. `limit` is the contenders' limit; `seconds` a guess of
+    how long one takes, for the first estimate of the end.
     """
 
     name: str
     take: Callable[[Sequence[Running]], Iterator[Sample]]
     limit: int = 4
     every: int = 1
+    times: int = 1
     together: bool = False
     seconds: float = 20
 
@@ -203,7 +205,7 @@ MEASURES = {
     measure.name: measure
     for measure in (
         Measure("idle", idle, together=True, seconds=60),
-        Measure("create", create_and_cancel, seconds=12),
+        Measure("create", create_and_cancel, times=2, seconds=15),
         Measure("late", late, every=4, together=True, seconds=100),
         Measure("throughput", burst({None: 16, "cold": 16, "warm": 24}), seconds=40),
         Measure("throughput-1", burst({None: 3, "cold": 4, "warm": 8}), limit=1, every=5, seconds=25),

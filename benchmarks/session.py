@@ -114,7 +114,8 @@ class Turn:
             if measure.together:
                 yield measure, self.contenders
             else:
-                yield from ((measure, [contender]) for contender in self.contenders)
+                for _ in range(measure.times):
+                    yield from ((measure, [contender]) for contender in self.contenders)
 
     def ahead(self) -> Iterator[tuple[str, float]]:
         yield self.name("start"), _START_SECONDS

@@ -94,6 +94,16 @@ def test_a_ratio_is_to_the_reference_and_there_is_none_without_one() -> None:
     assert figures.ratio(FOUND, "left behind", "agent", "worker") is None  # by 0
 
 
+def test_there_is_no_ratio_of_what_was_early() -> None:
+    early = Figures(MACHINE, {"late": {"worker": [-0.5, -0.1, -0.1], "warm": [0.2], "cold": [-0.1]}})
+    assert figures.figure(early, "late", "worker") == 0.1  # off its time, whichever way
+    assert figures.ratio(early, "late", "warm", "worker") == 2
+    assert figures.ratio(early, "late 95", "warm", "worker") is None
+    late = Figures(MACHINE, {"late": {"worker": [0.5], "warm": [-0.1]}})
+    assert figures.ratio(late, "late 95", "warm", "worker") is None
+    assert figures.gain(late, "late 95", CONTENDERS["warm"]) is None
+
+
 def test_a_gain_is_more_than_1_where_we_are_better_whichever_way_the_row_counts() -> None:
     assert figures.gain(FOUND, "create", CONTENDERS["warm"]) == 20
     assert figures.gain(FOUND, "throughput 4", CONTENDERS["warm"]) == 10
@@ -192,6 +202,12 @@ def test_every_contender_is_the_first_in_some_round_and_slow_measures_are_not_ta
     assert taken["late"] == 4
     assert taken["throughput-16"] == 4
     assert {turn.limit for turn in turns if turn.round == 1} == {4}
+
+
+def test_what_is_measured_twice_in_a_round_is_so_with_the_others_turns_between() -> None:
+    [turn] = (turn for turn in plan(1, [MEASURES["create"]], list(CONTENDERS.values())) if turn.version == VERSION)
+    assert [contender.key for _, [contender] in turn.steps()] == ["worker", "cold", "warm"] * 2
+    assert len(list(turn.ahead())) == 7
 
 
 def test_one_round_has_all_measures() -> None:
