@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from supervisor.config import Flows
 from supervisor.runs.clock import KEPT as CLAIMS
 from supervisor.runs.clock import ServerClock
-from supervisor.runs.lead import DEPLOYMENTS, KEPT, LATE_SECONDS, SHORTEST, WAITS_FROM, Countdown, Lead, Leads, aim
+from supervisor.runs.lead import (
+    DEPLOYMENTS,
+    KEPT,
+    LATE_SECONDS,
+    LONGEST_PREPARING,
+    SHORTEST,
+    TICK_SECONDS,
+    WAITS_FROM,
+    Countdown,
+    Lead,
+    Leads,
+    aim,
+)
 from tests.fakes import EPOCH, offer, on_jumping_clock, wall
 
 FLOWS = Flows(python=Path("/nowhere/python"))
@@ -41,6 +53,7 @@ def test_no_engine_is_aimed_so_early_that_it_must_wait_and_nearly_none_late(spre
 def test_starts_that_take_much_the_same_are_not_early_either() -> None:
     assert aim([1.2, 1.21, 1.22, 1.25, 9.0]) == 1.2  # one that was slow says nothing about the next
     assert aim([0.01, 0.02]) == SHORTEST
+    assert aim([0.5, *[1.2] * 12]) == 1.2  # nor does one that was quick
 
 
 @given(SECONDS, SECONDS)
@@ -74,6 +87,9 @@ def test_runs_that_were_due_when_they_were_begun_say_it_plainly() -> None:
     asked = Lead(1.5)
     asked.learn(7.0, planned=-3.0, asked=6.0)  # a server that is slow to hear has nobody wait
     assert asked.seconds == 7.0
+    hardly = Lead(1.5)
+    hardly.learn(1.6, planned=1.0, asked=0.8)  # nobody waits for less than half a second
+    assert hardly.seconds == 1.6
 
 
 def test_guesses_go_by_the_kind_of_start_and_the_generation_of_prefect() -> None:
@@ -103,6 +119,22 @@ def test_no_more_deployments_are_remembered_than_are_worth_it() -> None:
     assert len(leads._own) == DEPLOYMENTS
 
 
+def test_those_are_forgotten_that_have_not_run_for_longest() -> None:
+    leads = Leads()
+    leads.learn("first", FLOWS, took=9.0, planned=-1.0)
+    for number in range(DEPLOYMENTS):
+        leads.learn("first", FLOWS, took=9.0, planned=-1.0)
+        leads.learn(f"d{number}", FLOWS, took=1.0, planned=-1.0)
+    assert leads.engine("first", FLOWS) == 9.0
+
+
+def test_a_run_is_taken_so_early_that_it_can_be_prepared_and_what_took_longer_was_an_outage() -> None:
+    leads = Leads()
+    leads.prepared(0.2)
+    leads.prepared(LONGEST_PREPARING)
+    assert leads.whole("d", FLOWS) == pytest.approx(leads.engine("d", FLOWS) + 0.2 + SHORTEST / 2)
+
+
 # --- the countdown of one run --------------------------------------------------------------------------------------------
 
 
@@ -129,6 +161,28 @@ async def test_a_run_is_started_its_lead_before_its_time_and_its_end_teaches_the
     # It asked for Running more than a second early, and was told to wait for one.
     assert leads.engine("d1", FLOWS) == pytest.approx(lead - 0.05 - 1.0)
     assert leads.whole("d1", FLOWS) == pytest.approx(leads.engine("d1", FLOWS) + 0.3, abs=0.1)
+
+
+@on_jumping_clock
+async def test_a_run_is_not_late_because_a_clock_was_set_while_it_was_waited_for() -> None:
+    ours = [0.0]
+    clock = ServerClock(lambda: wall() + timedelta(seconds=ours[0]))
+    countdown = Countdown(offer(expected_start=EPOCH + timedelta(hours=1)), FLOWS, Leads(), clock)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(countdown.wait)
+        await trio.sleep(10)
+        ours[0] = 3600.0
+    assert trio.current_time() <= 10 + TICK_SECONDS
+
+
+@on_jumping_clock
+async def test_nothing_is_learnt_while_only_our_own_clock_is_known() -> None:
+    leads, run = Leads(), offer(expected_start=EPOCH)
+    countdown = Countdown(run, FLOWS, leads, ServerClock(wall))
+    await countdown.wait()
+    guess = leads.engine("d1", FLOWS)
+    countdown.ended(msgspec.structs.replace(run, started=EPOCH + timedelta(seconds=3)), 1)
+    assert leads.engine("d1", FLOWS) == guess
 
 
 @on_jumping_clock
@@ -179,6 +233,15 @@ async def test_the_servers_clock_is_learnt_from_claims_and_the_quickest_answers_
     clock.heard(wall(), sent=sent)
     assert (clock.now() - wall()).total_seconds() == pytest.approx(300.01)
     assert clock.until(wall()) == pytest.approx(-300.01)
+
+
+@on_jumping_clock
+async def test_a_slow_answer_is_better_than_none() -> None:
+    clock = ServerClock(wall)
+    sent = trio.current_time()
+    await trio.sleep(30)
+    clock.heard(EPOCH + timedelta(hours=1), sent=sent)
+    assert clock.now() - wall() == timedelta(hours=1)
 
 
 @on_jumping_clock

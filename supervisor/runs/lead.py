@@ -41,11 +41,6 @@ class Lead:
         self._took: deque[tuple[float, bool]] = deque(maxlen=KEPT)
         self.seconds = guess
 
-    @property
-    def known(self) -> bool:
-        """Whether it is more than a guess."""
-        return bool(self._took)
-
     def learn(self, took: float, planned: float, asked: float | None = None) -> None:
         """A run became Running `took` seconds after its start, which was `planned` seconds before it was due.
 
@@ -90,7 +85,7 @@ class Leads:
         """Seconds before its time that such a run's process is to be started."""
         kind = _kind(flows)
         own = self._own.get((deployment_id, kind))
-        return own.seconds if own is not None and own.known else self._general(kind).seconds
+        return own.seconds if own is not None else self._general(kind).seconds
 
     def whole(self, deployment_id: str | None, flows: Flows) -> float:
         """Seconds before its time that such a run is to be taken: the claim and all that comes before the start included."""
@@ -148,9 +143,8 @@ class Countdown:
         self._started: tuple[datetime, float] | None = None  # by the server's clock, and monotonic
 
     async def wait(self) -> None:
-        """Returns when it is time to start the run's process."""
-        if self._started is None:
-            self._leads.prepared(trio.current_time() - self._taken)
+        """Returns when it is time to start the run's process. To be called once."""
+        self._leads.prepared(trio.current_time() - self._taken)
         due = self._run.expected_start
         while due is not None:
             lead = self._leads.engine(self._run.deployment_id, self._flows)
