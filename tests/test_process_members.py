@@ -122,8 +122,9 @@ def test_who_asks_during_a_look_is_told_of_what_has_begun_since(new_gate: Callab
                 nursery.start_soon(ask, "after")
                 await trio.testing.wait_all_tasks_blocked()
                 gate.open()
-                while "after" not in told:
-                    await trio.sleep(0.01)
+                with trio.fail_after(60):
+                    while "after" not in told:
+                        await trio.sleep(0.01)
         return process
 
     process = trio.run(main)
