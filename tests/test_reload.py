@@ -285,7 +285,9 @@ def test_a_key_file_that_holds_no_usable_key_refuses_the_reload(scene: Scene, tm
     assert "two" not in scene.manager.lines("STATUS")[-1]
 
 
-def test_signals_that_come_together_are_one_reload_and_one_that_comes_late_is_another(scene: Scene) -> None:
+def test_signals_that_come_together_are_one_reload_and_one_that_comes_late_is_another(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reading, go_on = threading.Event(), threading.Event()
 
     def slowly() -> Config:
@@ -294,10 +296,13 @@ def test_signals_that_come_together_are_one_reload_and_one_that_comes_late_is_an
         return scene.config
 
     async def story() -> None:
-        for _ in range(3):
-            scene.reload.ask()
-            await trio.sleep(reload_room.SETTLE_SECONDS / 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(reload_room, "SETTLE_SECONDS", 1.0)  # so that a machine that stands still is no reload
+            for _ in range(3):
+                scene.reload.ask()
+                await trio.testing.wait_all_tasks_blocked()
         await scene.reloaded()
+        await trio.sleep(reload_room.SETTLE_SECONDS * 3)  # in which another would be read
         assert scene.reads == 1
         scene.read = slowly
         scene.reload.ask()
