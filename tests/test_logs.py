@@ -22,6 +22,7 @@ from supervisor.errors import JobError
 from supervisor.logs import Follower, OutputKeeper, last_lines, output_file, sweep_old
 from supervisor.logs.cut import ROOM_FOR_NOTES, compact, cut_in_place
 from supervisor.logs.live import LiveFile
+from supervisor.logs.quiet import size_of
 from supervisor.logs.text import FOLD, harmless
 
 RUN = "11111111-2222-4333-8444-555555555555"
@@ -491,7 +492,13 @@ def test_nothing_is_shown_where_the_configuration_says_so_but_the_cap_is_kept(tm
     trio.run(main, clock=trio.testing.MockClock(rate=10))
 
 
-def test_a_watched_run_whose_flow_removes_its_file_goes_on(tmp_path: Path) -> None:
+def test_a_watched_run_whose_flow_removes_its_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def noted(path: Path) -> int:
+        seen.append(size_of(path))
+        return seen[-1]
+
     async def main() -> None:
         outputs, shown = keeper(tmp_path), Shown()
         await outputs.prepare(RUN)
@@ -500,13 +507,15 @@ def test_a_watched_run_whose_flow_removes_its_file_goes_on(tmp_path: Path) -> No
             append(outputs.path(RUN), b"one\n")
             await until(lambda: shown.lines == ["one"])
             outputs.path(RUN).unlink()
-            await trio.sleep(10)
+            await until(lambda: seen.count(-1) >= 2)
             append(outputs.path(RUN), b"again\n")
             await until(lambda: shown.lines == ["one", "again"])
             nursery.cancel_scope.cancel()
         outputs.path(RUN).unlink()
         assert await outputs.finish(RUN, shown.offset, shown.show) == 0
 
+    for module in ("keeper", "quiet"):  # the second looks at a file that has been still for a while
+        monkeypatch.setattr(f"supervisor.logs.{module}.size_of", noted)
     trio.run(main, clock=trio.testing.MockClock(rate=10))
 
 
