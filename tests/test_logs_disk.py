@@ -156,7 +156,9 @@ def flow_that_wakes_up(disk: Path) -> dict[str, Any]:
         fill(disk)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keeper.watch, RUN, 0, ignore)
-            await trio.sleep(10)  # looks at a still file become rare
+            with trio.fail_after(100):
+                while path not in keeper._quiet._waiting:  # where looks at a still file are rare
+                    await trio.sleep(0.01)
             clock.rate = 1
             with path.open("ab", buffering=0) as file:
                 for number in range(30):  # 1.5 MB/s: twice its reserve in the longest that a look may take elsewhere
