@@ -297,7 +297,7 @@ def test_signals_that_come_together_are_one_reload_and_one_that_comes_late_is_an
 
     async def story() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(reload_room, "SETTLE_SECONDS", 1.0)  # so that a machine that stands still is no reload
+            patch.setattr(reload_room, "SETTLE_SECONDS", 1.0)  # no slow machine makes two reloads of it
             for _ in range(3):
                 scene.reload.ask()
                 await trio.testing.wait_all_tasks_blocked()
