@@ -119,7 +119,7 @@ def test_the_kernel_wakes_us_when_it_has_ended(tmp_path: Path, monkeypatch: pyte
         raise AssertionError("it polls")
 
     async def main() -> None:
-        child = await python("import time; time.sleep(600)", tmp_path)
+        child = await python("import time; time.sleep(60)", tmp_path)
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(child.wait)
