@@ -269,10 +269,12 @@ def test_an_engine_that_has_begun_its_hooks_is_left_to_finish_them(
 ) -> None:
     deployment = api.create_deployment("dawdler", pool=pool)
     hooks, trace = tmp_path / "hooks", tmp_path / "trace"
-    run = api.create_run(deployment, {"seconds": 1, "hooks": str(hooks), "trace": str(trace)})
+    go = tmp_path / "go"
+    run = api.create_run(deployment, {"go": str(go), "hooks": str(hooks), "trace": str(trace)})
     agent = agent_process(prefect_server, [{"pool": pool}], poll={"cancel_interval_seconds": 3})
     wait_until(lambda: lines(trace), 60, "the flow has begun")
     api.cancel(run)  # which the engine hears when it reports COMPLETED, a moment before the agent asks
+    go.touch()
     assert api.wait_for_state(run, "CANCELLED")["state_name"] == "Cancelled"
     assert agent.stop() == 0
     assert lines(hooks) == [f"cancellation {run} Cancelling"]

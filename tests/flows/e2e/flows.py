@@ -208,10 +208,11 @@ def dawdle(flow, flow_run, state):
 
 
 @flow(on_cancellation=[dawdle])
-def dawdler(hooks: str, seconds: float, trace: str = ""):
-    """Ends by itself; when it has been cancelled by then, its hook takes longer than a look for cancelled runs."""
+def dawdler(hooks: str, go: str, trace: str = ""):
+    """Ends when it is let go; when it has been cancelled by then, its hook takes longer than a look for cancelled runs."""
     mark(trace)
-    time.sleep(seconds)
+    while not Path(go).exists():
+        time.sleep(0.05)
 
 
 @flow(**{**HOOKS, "on_crashed": [by_place]})
