@@ -108,7 +108,7 @@ class Agent:
             warm=self._warm,
         )
         self._warm.use(self._warmths(config))
-        clock, leads = ServerClock(), Leads(interpreters.major)
+        clock, leads = ServerClock(roughly=lambda: http.said), Leads(interpreters.major)
         kit = Kit(
             backend=backend,
             health=self._health,

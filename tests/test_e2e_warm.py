@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from supervisor.process.warm import PATIENCE_SECONDS
 from tests.agents import RUN_MARK, AgentProcess
 from tests.killsuite import Scene
 from tests.servers import Api, PrefectServer, processes_with
@@ -71,5 +73,25 @@ def test_runs_live_on_and_tell_how_they_end_when_their_fork_server_is_dead(
     agent.wait_for_log(f"still running as process {pids[kept]}")
     (tmp_path / "later").touch()
     api.wait_for_state(kept, "COMPLETED")
+    assert agent.stop() == 0
+    assert not agent.fork_servers()
+
+
+def test_a_run_that_waits_for_its_fork_server_is_cancelled_at_once(
+    server_3: PrefectServer, api_of: Callable[..., Api], agent_process: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    api = api_of(server_3)
+    pool = api.create_pool()
+    deployment = api.create_deployment("held", pool=pool, file="held.py")
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)\n")
+    flows = {"start": "warm", "preload": ["slow"], "env": {"PYTHONPATH": str(tmp_path)}}
+    agent = agent_process(server_3, [{"pool": pool}], flows=flows)
+    run = api.create_run(deployment, {"trace": str(tmp_path / "trace"), "go": str(tmp_path)})
+    wait_until(lambda: ("PENDING", "Submitting") in api.states(run), 30, "it is about to be started", more=agent.log)
+    before = time.monotonic()
+    api.cancel(run)
+    api.wait_for_state(run, "CANCELLED")
+    assert time.monotonic() - before < PATIENCE_SECONDS / 2
+    assert "started, process" not in agent.log()
     assert agent.stop() == 0
     assert not agent.fork_servers()

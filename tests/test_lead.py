@@ -236,6 +236,26 @@ async def test_the_servers_clock_is_learnt_from_claims_and_the_quickest_answers_
 
 
 @on_jumping_clock
+async def test_before_the_first_claim_the_dates_of_answers_tell_of_a_clock_that_is_seconds_wrong() -> None:
+    said: list[tuple[datetime, float]] = []
+    ours = [0.0]
+    clock = ServerClock(lambda: wall() + timedelta(seconds=ours[0]), lambda: said[-1] if said else None)
+    said.append((wall() + timedelta(seconds=1), trio.current_time()))
+    assert clock.now() == wall()  # it has no fractions: this may be the same time
+    said.append((wall() + timedelta(hours=1), trio.current_time()))
+    await trio.sleep(5)
+    assert (clock.now() - wall()).total_seconds() == pytest.approx(3600.5)
+    assert not clock.known  # too rough to learn leads by
+    ours[0] = -7200.0  # the machine has slept, or its clock was set: what was said may be long ago
+    assert clock.now() == wall() - timedelta(hours=2)
+    await trio.sleep(1)
+    said.append((wall() + timedelta(hours=1), trio.current_time()))
+    assert (clock.now() - wall()).total_seconds() == pytest.approx(3600.5)
+    clock.heard(wall() + timedelta(seconds=2), sent=trio.current_time())
+    assert clock.now() == wall() + timedelta(seconds=2)  # a claim is believed rather
+
+
+@on_jumping_clock
 async def test_a_slow_answer_is_better_than_none() -> None:
     clock = ServerClock(wall)
     sent = trio.current_time()

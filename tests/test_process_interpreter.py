@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from supervisor.errors import InterpreterError
+from supervisor.process.brand import birth, brand
 from supervisor.process.interpreter import Interpreter, Interpreters, inspect
 
 
@@ -148,6 +149,59 @@ def test_an_upgraded_prefect_is_noticed(tmp_path: Path) -> None:
         assert (await interpreters.get(python)).prefect_version == "3.9.0"
 
     trio.run(main)
+
+
+def test_a_folder_where_nothing_is_installed_may_change(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    site = tmp_path / "site"
+    for folder in (project, site):
+        folder.mkdir()
+    python = python_with(site, prefect="3.8.8")
+    python.write_text(python.read_text().replace(f'PYTHONPATH="{site}"', f'PYTHONPATH="{site}:{project}"'))
+
+    async def main() -> None:
+        interpreters = Interpreters()
+        first = await interpreters.get(python)
+        (project / "result.csv").write_text("1,2")
+        assert await interpreters.get(python) is first
+        project.rename(tmp_path / "release-1")  # as the next release takes its place
+        project.mkdir()
+        assert await interpreters.get(python) is not first
+
+    trio.run(main)
+    assert asked(site) == 2
+
+
+def test_a_python_that_hangs_does_not_keep_others_from_being_asked(tmp_path: Path) -> None:
+    (tmp_path / "hung").mkdir()
+    hung = fake_python(tmp_path / "hung", "exec sleep 600")
+    python = python_with(tmp_path, prefect="3.8.8")
+
+    async def main() -> None:
+        interpreters = Interpreters()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(interpreters.get, hung)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(20):
+                assert (await interpreters.get(python)).prefect_version == "3.8.8"
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_the_question_is_asked_without_the_brand_of_a_run_that_is_being_started(tmp_path: Path) -> None:
+    python = python_with(tmp_path, prefect="3.8.8")
+    python.write_text(
+        python.read_text().replace("#!/bin/sh", f'#!/bin/sh\ngrep "file locks" /proc/self/limits > "{tmp_path}/limit"')
+    )
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery, birth("a run"):
+            nursery.start_soon(inspect, python)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+
+    trio.run(main)
+    assert str(brand("a run")) not in (tmp_path / "limit").read_text()
 
 
 def test_a_refusal_is_not_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ What real engines make of being a copy is in the end-to-end tests, which start r
 from __future__ import annotations
 
 import ast
+import errno
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from supervisor.errors import JobError
 from supervisor.lifecycle import Exit
@@ -158,7 +160,7 @@ async def test_variables_that_find_no_room_where_others_look_reach_the_run_all_t
         child = await copy(server, tmp_path, **odd)
         try:
             assert environ_of(child.ref.pid)[:2] == [f"{MARK}=run-1", f"{STATE_MARK}=/home"]
-            wait_until(lambda: lines(tmp_path / "run-1.log"), 20, "it has said all")
+            wait_until(lambda: (tmp_path / "run-1.log").read_text().endswith("\n"), 20, "it has said all")
             assert said(tmp_path)["env"].items() >= odd.items()
         finally:
             os.kill(child.ref.pid, signal.SIGKILL)
@@ -411,6 +413,15 @@ class Starts:
         self.python.chmod(0o755)
         self.warmth = Warmth(self.python, (), None, BASE)
 
+    def add(self, name: str) -> Path:
+        """A folder that it imports from, where nothing is installed."""
+        folder = self.folder / name
+        folder.mkdir()
+        self.python.write_text(
+            self.python.read_text().replace(f"PYTHONPATH={self.site}", f"PYTHONPATH={self.site}:{folder}")
+        )
+        return folder
+
     async def start(self, run: str = "run-1", **env: str) -> Forked | None:
         child = await self.warm.start(
             self.warmth,
@@ -472,6 +483,116 @@ async def test_it_is_made_anew_when_a_package_is_installed_or_a_module_is_edited
         seen.append(await starts.server())
         assert len(set(seen)) == 3
     assert [lines(tmp_path / f"run-{number}.log") for number in (1, 2, 3)] == [["1"], ["2222"], ["2222"]]
+
+
+@in_trio
+async def test_a_module_counts_as_the_users_wherever_it_lies_beside_or_below_a_python(tmp_path: Path) -> None:
+    site = fake_prefect(tmp_path, SHOW)
+    installed = tmp_path / "more/site-packages"
+    installed.mkdir(parents=True)
+    (installed / "library.py").write_text("")
+    # As a flow's folder does that the virtual environment is in, or one whose name begins as that one's does.
+    (site / "mine.py").write_text("import sys, library; sys.prefix = sys.base_prefix = sys.exec_prefix = __file__[:-5]")
+    (site / "odd.py").write_text(
+        "import sys\n"
+        "class Lazy:\n"
+        "    def __getattribute__(self, name): raise ImportError(name)\n"
+        "sys.modules['lazy'] = Lazy()\n"
+    )
+    env = BASE | {"PYTHONPATH": f"{site}:{installed}"}
+    server = await ForkServer.open(PYTHON, env=env, cwd=Path("/"), modules=("mine", "odd"))
+    await server.close()
+    assert {site / "mine.py", site / "odd.py", installed} <= set(server.files)
+    assert not [file for file in server.files if file.is_relative_to(Path(os.__file__).parent) or file.suffix == ".so"]
+    assert installed / "library.py" not in server.files
+
+
+@in_trio
+async def test_a_module_that_is_edited_while_it_is_being_imported_is_imported_again(tmp_path: Path) -> None:
+    starts = Starts(tmp_path, "import mine; print(mine.VALUE)")
+    mine = starts.add("project") / "mine.py"
+    # The first to import it finds that a deployment has gone on meanwhile.
+    mine.write_text("VALUE = 1\nfrom pathlib import Path\nPath(__file__).write_text('VALUE = 2')\n")
+    starts.warmth = Warmth(starts.python, ("mine",), None, BASE)
+    async with starts.running():
+        first = await starts.server()
+        assert await starts.start() is not None
+        assert await starts.server() != first
+        settled = await starts.server()
+        assert await starts.start("run-2") is not None
+        assert await starts.server() == settled
+    assert lines(tmp_path / "run-1.log") == ["2"]
+
+
+@in_trio
+async def test_files_that_flows_write_beside_their_modules_do_not_make_it_anew(tmp_path: Path) -> None:
+    starts = Starts(tmp_path)
+    project = starts.add("project")
+    async with starts.running():
+        assert await starts.start() is not None
+        server = await starts.server()
+        (project / "result.csv").write_text("1,2")
+        assert await starts.start("run-2") is not None
+        assert await starts.server() == server
+
+
+@in_trio
+async def test_a_run_waits_for_its_fork_server_before_it_is_started(tmp_path: Path) -> None:
+    starts = Starts(tmp_path)
+    (tmp_path / "site/slow.py").write_text(
+        "import os, time\nwhile not os.path.exists('/proc/self/cwd/go'): time.sleep(0.01)"
+    )
+    starts.warmth = Warmth(starts.python, ("slow",), tmp_path, BASE)
+    ready = trio.Event()
+
+    async def wait() -> None:
+        await starts.warm.ready(starts.warmth, await starts.interpreters.get(starts.python), BASE)
+        ready.set()
+
+    async with starts.running(), trio.open_nursery() as nursery:
+        # Nobody waits for what will not be used.
+        await starts.warm.ready(starts.warmth, await starts.interpreters.get(starts.python), BASE | {"LANG": "x"})
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert not ready.is_set()
+        (tmp_path / "go").touch()
+        await ready.wait()
+        assert await starts.server()
+
+
+@in_trio
+async def test_nobody_waits_for_a_fork_server_that_a_reload_has_ended_before_it_was_ready(tmp_path: Path) -> None:
+    starts = Starts(tmp_path)
+    (tmp_path / "site/slow.py").write_text("import time; time.sleep(600)")
+    starts.warmth = Warmth(starts.python, ("slow",), None, BASE)
+    async with starts.running(), trio.open_nursery() as nursery:
+        with trio.fail_after(warm.PATIENCE_SECONDS / 2):
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(starts.start)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                starts.warm.use([])
+        nursery.cancel_scope.cancel()
+
+
+@in_trio
+async def test_an_agent_without_descriptors_left_starts_runs_cold_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    starts = Starts(tmp_path)
+    async with starts.running():
+        assert await starts.start() is not None
+        server = await starts.server()
+        with monkeypatch.context() as patched:
+            patched.setattr(forkserver.socket, "socketpair", none_left)
+            assert await starts.start("run-2") is None
+            assert "cannot talk to a fork server: Too many open files" in caplog.text
+            os.kill(server, signal.SIGKILL)
+            while "no warm starts with" not in caplog.text:
+                await trio.sleep(0.01)
+        assert await starts.server(besides=server)
 
 
 @in_trio

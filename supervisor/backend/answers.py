@@ -97,14 +97,14 @@ def retry_after(value: str | None, date: str | None = None) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        then = _http_date(value)
+        then = http_date(value)
         if then is None:
             return None
-        seconds = (then - (_http_date(date) or datetime.now(UTC))).total_seconds()
+        seconds = (then - (http_date(date) or datetime.now(UTC))).total_seconds()
     return min(max(seconds, 0.0), MAX_RETRY_AFTER) if seconds == seconds else None  # "nan" is a float, too
 
 
-def _http_date(value: str | None) -> datetime | None:
+def http_date(value: str | None) -> datetime | None:
     try:
         parsed = parsedate_to_datetime(value or "")
     except ValueError:

@@ -14,6 +14,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -22,7 +23,7 @@ import msgspec
 import trio
 
 from supervisor import __version__
-from supervisor.backend.answers import read
+from supervisor.backend.answers import http_date, read
 from supervisor.backend.tls import tls_context
 from supervisor.config import Api, Credentials
 from supervisor.errors import BackendError, ConfigError, LostAnswer, ServerTrouble, Unauthorized, Unreachable
@@ -41,7 +42,8 @@ _UPGRADE_SECONDS = 10.0  # for opening a websocket, which no server has to think
 class HttpApi:
     """The low-level caller: JSON in, JSON out, `BackendError`s.
 
-    Mutable state, all of it changed here only: the credentials last read and the CSRF token last given to us.
+    Mutable state, all of it changed here only: the credentials last read, the CSRF token last given to us, and what the server
+    last said the time was.
     """
 
     def __init__(self, api: Api, credentials: Callable[[], Credentials], client: httpx.AsyncClient) -> None:
@@ -53,6 +55,8 @@ class HttpApi:
         self._csrf_client = str(uuid.uuid4())
         self._csrf_token: str | None = None
         self._csrf_lock = trio.Lock()
+        # The server's `Date`, which has no fractions, and when we heard it (monotonic).
+        self.said: tuple[datetime, float] | None = None
         # The pool's own queue would count against a call's deadline: with hundreds of runs none would be answered in time.
         self._turns = trio.Semaphore(CALLS_AT_ONCE)
 
@@ -194,6 +198,8 @@ class HttpApi:
             answer = await self._client.send(request, stream=upgrade is not None)
             if answer.status_code != 101:
                 await answer.aread()
+            if (date := http_date(answer.headers.get("Date"))) is not None:
+                self.said = date, trio.current_time()
         except httpx.ProxyError as problem:
             raise Unreachable(f"{sentence}: the proxy refused to connect us to {self._base}: {problem}") from None
         except (httpx.LocalProtocolError, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeEncodeError):

@@ -113,7 +113,12 @@ class ForkServer:
     async def open(cls, python: Path, *, env: Mapping[str, str], cwd: Path, modules: Sequence[str]) -> ForkServer:
         """Starts it, and returns when it has imported all. Raises `WarmError`."""
         near, far = _line_to_elsewhere(socket.SOCK_SEQPACKET)
-        life, its_life = socket.socketpair()
+        try:
+            life, its_life = _pair(socket.SOCK_STREAM)
+        except NoCopy:
+            near.close()
+            far.close()
+            raise
         with far, its_life:
             try:
                 # Of no run: it may not be born with the mark of the one whose process is being started just now.
@@ -244,8 +249,15 @@ class ForkServer:
 
 def _line_to_elsewhere(kind: socket.SocketKind) -> tuple[trio.socket.SocketType, socket.socket]:
     """Our end, and one for a process that waits when it reads."""
-    near, far = socket.socketpair(type=kind)
+    near, far = _pair(kind)
     return trio.socket.from_stdlib_socket(near), far
+
+
+def _pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(type=kind)
+    except OSError as error:  # there are no more descriptors
+        raise NoCopy(f"cannot talk to a fork server: {error.strerror}") from error
 
 
 async def _hear(control: trio.socket.SocketType) -> Ready:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import msgspec
 import trio
 
 from supervisor.errors import InterpreterError
+from supervisor.process.brand import birth
 from supervisor.process.environ import inherited
 
 DEADLINE = 30.0  # seconds; a cold disk or a network file system can make even this small question slow
@@ -22,7 +24,7 @@ _CONTROL_CHANNEL = (3, 6, 27)
 # Asks the installed metadata and does not import Prefect, which would take seconds. prefect-client is the same engine
 # without the server. A line of its own, because a site's sitecustomize may print, too.
 _QUESTION = """
-import json, sys
+import glob, json, re, sys
 from importlib import metadata
 def version():
     for name in ("prefect", "prefect-client"):
@@ -30,7 +32,9 @@ def version():
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-print("\\nflow-agent:" + json.dumps({"prefect": version(), "paths": [p for p in sys.path if p]}))
+paths = [p for p in sys.path if p]
+installs = [p for p in paths if re.search("(site|dist)-packages$", p) or glob.glob(glob.escape(p) + "/*.dist-info")]
+print("\\nflow-agent:" + json.dumps({"prefect": version(), "paths": paths, "installs": installs}))
 """
 _ANSWER = re.compile(rb"^flow-agent:(\{.*\})$", re.MULTILINE)
 
@@ -66,21 +70,22 @@ async def inspect(python: Path) -> Interpreter:
 class Interpreters:
     """The interpreters asked so far.
 
-    Owns the cache: an answer holds as long as neither the executable nor a folder it imports from has changed, so an
-    upgraded Prefect is noticed at the next run and an unchanged one costs a few `stat` calls.
+    Owns the cache: an answer holds as long as neither the executable nor a folder that packages are installed in has changed,
+    so an upgraded Prefect is noticed at the next run and an unchanged one costs a few `stat` calls.
     """
 
     def __init__(self) -> None:
-        self._answers: dict[Path, tuple[_Stamp, Interpreter, tuple[Path, ...]]] = {}
-        self._asking = trio.Lock()  # ten runs at once ask one question
+        self._answers: dict[Path, tuple[_Stamp, Interpreter, _Places]] = {}
+        # Ten runs at once ask one question; one Python that hangs does not keep the others from being asked.
+        self._asking: defaultdict[Path, trio.Lock] = defaultdict(trio.Lock)
 
     async def get(self, python: Path) -> Interpreter:
         """As `inspect`, but asks again only after a change. Refusals are not kept: the user may just be mending it."""
-        async with self._asking:
+        async with self._asking[python]:
             if (known := self._answers.get(python)) is not None and known[0] == _stamp(python, known[2]):
                 return known[1]
-            interpreter, paths = await _ask(python)
-            self._answers[python] = (_stamp(python, paths), interpreter, paths)
+            interpreter, places = await _ask(python)
+            self._answers[python] = (_stamp(python, places), interpreter, places)
             return interpreter
 
     def major(self, python: Path) -> int | None:
@@ -90,54 +95,73 @@ class Interpreters:
 
 
 _Stamp = tuple[tuple[int, int] | None, ...]
+_Places = Mapping[Path, bool]  # a Python's path: whether packages are installed there
 
 
-def _stamp(python: Path, paths: tuple[Path, ...]) -> _Stamp:
-    """Inode and time of change of the executable and of every folder on its path; None for what is not there."""
+def _stamp(python: Path, places: _Places) -> _Stamp:
+    """Inode and time of change of the executable and of every folder on its path; None for what is not there.
 
-    def look(path: Path) -> tuple[int, int] | None:
+    Where nothing is installed the inode alone: flows may well write their files beside their modules.
+    """
+
+    def look(path: Path, installs: bool) -> tuple[int, int] | None:
         try:
             found = path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return found.st_ino, found.st_mtime_ns if installs else 0
 
-    return tuple(look(path) for path in (python, *paths))
+    return look(python, True), *(look(path, installs) for path, installs in places.items())
 
 
 class _Answer(msgspec.Struct):
     prefect: str | None
     paths: list[str]
+    installs: list[str]
 
 
-async def _ask(python: Path) -> tuple[Interpreter, tuple[Path, ...]]:
+async def _ask(python: Path) -> tuple[Interpreter, _Places]:
     answer = _understand(python, await _run(python, inherited(os.environ)))
     if answer.prefect is None:
         raise InterpreterError(
             f"'{python}' has no Prefect: install it there with '{python} -m pip install prefect', "
             "or set flows.python to a Python that has it"
         )
-    return Interpreter(python, answer.prefect), tuple(Path(path) for path in answer.paths)
+    return Interpreter(python, answer.prefect), {Path(path): path in answer.installs for path in answer.paths}
 
 
 async def _run(python: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
     # Not -I: Prefect may well be installed in the user's own site-packages, where the engine will find it.
     question = [os.fspath(python), "-c", _QUESTION]
+    answer: list[subprocess.CompletedProcess[bytes]] = []
+
+    async def ask(*, task_status: trio.TaskStatus[object]) -> None:
+        whole = await trio.run_process(
+            question,
+            check=False,
+            capture_stdout=True,
+            capture_stderr=True,
+            env=dict(env),
+            cwd="/",  # -c imports from the current folder first: not from wherever the agent was started
+            start_new_session=True,
+            task_status=task_status,
+        )
+        answer.append(whole)
+
+    problem: OSError | None = None
     try:
         with trio.fail_after(DEADLINE):
-            return await trio.run_process(
-                question,
-                check=False,
-                capture_stdout=True,
-                capture_stderr=True,
-                env=dict(env),
-                cwd="/",  # -c imports from the current folder first: not from wherever the agent was started
-                start_new_session=True,
-            )
+            # Of no run: born with the brand of one that is being started just now, it would be ended as a part of it.
+            async with trio.open_nursery() as nursery, birth(None):
+                try:
+                    await nursery.start(ask)
+                except OSError as error:
+                    problem = error
     except trio.TooSlowError:
         raise InterpreterError(f"'{python}' did not say within {DEADLINE:.0f} s which Prefect it has") from None
-    except OSError as error:
-        raise InterpreterError(_refusal(python, error)) from error
+    if problem is not None:
+        raise InterpreterError(_refusal(python, problem)) from problem
+    return answer[0]
 
 
 def _refusal(python: Path, error: OSError) -> str:

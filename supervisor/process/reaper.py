@@ -108,7 +108,8 @@ def reap(known: Collection[ProcessRef] = ()) -> frozenset[ProcessRef]:
 def _children() -> list[int]:
     """Our children's pids, from the lists that the kernel keeps for each of our threads."""
     found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # the thread has ended
-            found += map(int, (task / "children").read_text().split())
+    with suppress(OSError):  # no descriptor is left for a look
+        for task in list(Path("/proc/self/task").iterdir()):
+            with suppress(OSError):  # the thread has ended
+                found += map(int, (task / "children").read_text().split())
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,16 +64,17 @@ class Place:
     def __init__(self) -> None:
         self.server: ForkServer | None = None
         self.interpreter: Interpreter | None = None  # as it was before the server imported anything
-        self.stamps: tuple[int | None, ...] = ()
+        self.stamps: tuple[_Stamp, ...] = ()
         self.failed = False
         self.retired = trio.Event()
         self.life = trio.CancelScope()
         self._changed = trio.Event()
 
-    def become(self, server: ForkServer | None, *, failed: bool = False) -> None:
+    def become(self, server: ForkServer | None, *, failed: bool = False, began: int = 0) -> None:
+        """`began`: when the server began to import, by the clock of file systems (ns)."""
         self.server, self.failed = server, failed
         if server is not None:
-            self.stamps = _stamps(server)
+            self.stamps = _stamps(server, began)
             self.retired = trio.Event()
         self._changed.set()
         self._changed = trio.Event()
@@ -91,7 +93,7 @@ class Place:
     def retire(self, why: str, *, fault: bool = False) -> None:
         """No further copies of this one. The next one is made at once, or after a while when it is at `fault`."""
         if self.server is not None:
-            log.debug("the fork server (process %d) is made anew: %s", self.server.ref.pid, why)
+            log.info("the fork server (process %d) is made anew: %s", self.server.ref.pid, why)
             self.become(None, failed=fault)
             self.retired.set()
 
@@ -124,6 +126,17 @@ class WarmStarts:
             for warmth in wanted:
                 self._place(warmth)
 
+    async def ready(self, warmth: Warmth, interpreter: Interpreter, env: Mapping[str, str]) -> None:
+        """Waits while the fork server is made from which such a run would begin. What follows is up to `start`."""
+        place = self._places.get(_key(warmth))
+        if place is not None and why_cold(warmth, env) is None:
+            self._up_to_date(place, interpreter)
+            await place.settled()
+
+    def _up_to_date(self, place: Place, interpreter: Interpreter) -> None:
+        if place.server is not None and not place.fits(interpreter):
+            place.retire("what it has imported has changed")
+
     async def start(
         self,
         warmth: Warmth,
@@ -144,8 +157,8 @@ class WarmStarts:
         place = self._places.get(_key(warmth))
         if place is None:
             return None  # of a configuration that is no longer in force
-        if (known := place.server) is not None and not place.fits(interpreter):
-            place.retire("what it has imported has changed")
+        known = place.server
+        self._up_to_date(place, interpreter)
         server = await place.settled()
         if server is None or (server is not known and not place.fits(interpreter)):
             return None
@@ -175,7 +188,7 @@ class WarmStarts:
         pause = _FIRST_PAUSE
         with place.life:
             while True:
-                began = trio.current_time()
+                began, began_ns = trio.current_time(), time.time_ns()
                 try:
                     interpreter = await self._interpreters.get(warmth.python)
                     server = await ForkServer.open(
@@ -193,7 +206,7 @@ class WarmStarts:
                         server.ref.pid,
                     )
                     place.interpreter = interpreter
-                    place.become(server)
+                    place.become(server, began=began_ns)
                     try:
                         if await _died(server, place.retired):
                             log.warning("the fork server (process %d) has ended", server.ref.pid)
@@ -208,6 +221,7 @@ class WarmStarts:
                     pause = min(pause * 2, _LONGEST_PAUSE)
                 else:
                     pause = _FIRST_PAUSE
+        place.become(None, failed=True)  # no longer of the configuration: nobody waits for it
 
     def _say(self, sentence: str) -> None:
         if sentence not in self._said:
@@ -232,11 +246,21 @@ async def _died(server: ForkServer, retired: trio.Event) -> bool:
     return died
 
 
-def _stamps(server: ForkServer) -> tuple[int | None, ...]:
-    def look(file: Path) -> int | None:
+_Stamp = tuple[int, int] | None
+_CHANGED_MEANWHILE = (0, 0)
+
+
+def _stamps(server: ForkServer, began: int | None = None) -> tuple[_Stamp, ...]:
+    """Of each of its files. One that has changed since it `began` to import may have been imported as it was before."""
+    now = time.time_ns()
+
+    def look(file: Path) -> _Stamp:
         try:
-            return file.stat().st_mtime_ns
+            found = file.stat()
         except OSError:
             return None
+        if began is not None and began <= found.st_ctime_ns <= now:
+            return _CHANGED_MEANWHILE
+        return found.st_ino, found.st_mtime_ns
 
     return tuple(look(file) for file in server.files)

@@ -41,15 +41,13 @@ MESSAGE = 32 * 1024  # bytes
 LATE = """
 prefect.flow_engine prefect.new_flow_engine prefect.task_engine prefect.flow_runs prefect.results prefect.runtime
 prefect.filesystems prefect.deployments.steps.core prefect.input.run_input prefect.task_runners prefect.utilities.visualization
-prefect.client.orchestration prefect.events.clients prefect.events.worker prefect.events.related
-prefect.logging.handlers prefect.logging.formatters prefect.logging.highlighters prefect.logging.filters
-prefect.concurrency.context prefect.telemetry.run_telemetry prefect.telemetry._metrics
-prefect._internal.metrics prefect._internal.control_listener prefect._internal.websockets
-prefect._internal.concurrency.calls prefect._internal.concurrency.threads
-pydantic.v1 pydantic.root_model pydantic.deprecated.copy_internals rich.console rich.highlighter rich.theme rich._emoji_codes
-concurrent.futures.thread multiprocessing.connection asyncio.unix_events anyio._backends._asyncio
-httpcore._async.http11 httpcore._async.connection_pool h11 websockets.asyncio.client
-websockets.extensions.permessage_deflate zoneinfo
+prefect.client.orchestration prefect.events.clients prefect.events.worker prefect.events.related prefect.logging.handlers
+prefect.logging.formatters prefect.logging.highlighters prefect.logging.filters prefect.concurrency.context
+prefect.telemetry.run_telemetry prefect.telemetry._metrics prefect._internal.metrics prefect._internal.control_listener
+prefect._internal.websockets prefect._internal.concurrency.calls prefect._internal.concurrency.threads pydantic.v1
+pydantic.root_model pydantic.deprecated.copy_internals rich.console rich.highlighter rich.theme rich._emoji_codes
+concurrent.futures.thread multiprocessing.connection asyncio.unix_events anyio._backends._asyncio httpcore._async.http11
+httpcore._async.connection_pool h11 websockets.asyncio.client websockets.extensions.permessage_deflate zoneinfo
 """
 
 
@@ -123,13 +121,11 @@ class Conversation:
 
 def preload(modules: Iterable[str]) -> None:
     """Import what every run imports. Raises what the user's own modules raise."""
-    for name in ("prefect", ENGINE):
+    for name in ("prefect", ENGINE, *modules):
         importlib.import_module(name)
     for name in LATE.split():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    for name in modules:
-        importlib.import_module(name)
     # Touched now, so that a release in which they are called otherwise is found out before there is a run.
     _ = sys.modules["prefect.context"].root_settings_context, sys.modules["prefect.logging.configuration"].setup_logging
 
@@ -145,11 +141,14 @@ def refuse_threads() -> None:
 
 
 def own_files() -> list[str]:
-    """The files of modules that are neither Python's nor installed: whoever edits one expects the next run to see it."""
-    inside = (sys.prefix, sys.base_prefix, sys.exec_prefix)
-    found = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    theirs = (file for file in found if file and file.startswith("/") and not file.startswith(inside))
-    return sorted({file for file in theirs if not re.search("/(site|dist)-packages/", file)})
+    """What the next run shall see changes of: the files of modules that are not installed, and folders only we install from."""
+    found = {place for place in sys.path if re.search("/(site|dist)-packages$", place)}
+    for module in list(sys.modules.values()):
+        with contextlib.suppress(Exception):  # what stands there need not be a module
+            file = vars(module)["__file__"]
+            if file.startswith("/") and not re.search("/(site|dist)-packages/", file):
+                found.add(file)
+    return sorted(file for file in found if not file.startswith(f"{Path(os.__file__).parent}/"))
 
 
 def refresh() -> None:
@@ -285,12 +284,13 @@ def main(line: int, modules: list[str]) -> None:
         memory.call_it([sys.executable, "(flow-agent: imported once, copied for each run)"])
         preload(modules)
         refuse_threads()
+        files = own_files()
     except BaseException as error:  # noqa: BLE001 - whatever a user's module does; the agent says it
         say(control, error=f"{type(error).__name__}: {error}"[:2000])
         os._exit(1)
     gc.collect()
     gc.freeze()
-    say(control, files=own_files())
+    say(control, files=files)
     serve(control, memory)
     os.close(line)
     run_engine()

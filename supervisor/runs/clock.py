@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from math import inf
 
 import trio
 
 KEPT = 8  # claims
 SLOW_SECONDS = 1.0  # an answer that took longer tells little about the clock
 JUMP_SECONDS = 0.5
+ROUGH_SECONDS = 2.0  # clocks that differ by less may be the same by what a header tells, which has no fractions
+
+Said = tuple[datetime, float]  # what the server said the time was, and when we heard it (monotonic)
 
 
 def _wall() -> datetime:
@@ -20,14 +24,17 @@ def _wall() -> datetime:
 class ServerClock:
     """Owns how far the server's clock is ahead of ours, learnt from when it says to have received our claims.
 
-    Until a claim has told, the two are taken for the same. What has been learnt is forgotten when our own clock is set, or the
-    machine has slept.
+    Until a claim has told, the two are taken for the same; unless they are seconds apart by the `Date` of its answers. What has
+    been learnt is forgotten when our own clock is set, or the machine has slept.
     """
 
-    def __init__(self, wall: Callable[[], datetime] = _wall) -> None:
+    def __init__(self, wall: Callable[[], datetime] = _wall, roughly: Callable[[], Said | None] = lambda: None) -> None:
+        """`roughly`: the `Date` of the server's last answer."""
         self._wall = wall
+        self._roughly = roughly
         self._ahead: deque[float] = deque(maxlen=KEPT)
         self._running: float | None = None  # our wall clock less the monotonic one, as last seen
+        self._since = -inf  # when that last jumped
 
     @property
     def known(self) -> bool:
@@ -38,6 +45,9 @@ class ServerClock:
     def now(self) -> datetime:
         """The time on the server, in UTC."""
         wall = self._look()
+        if not self._ahead and (said := self._roughly()) is not None and said[1] >= self._since:
+            rough = said[0] + timedelta(seconds=0.5 + trio.current_time() - said[1])
+            return rough if abs((rough - wall).total_seconds()) > ROUGH_SECONDS else wall
         # What delays a request on its way only makes the server seem ahead.
         return wall + timedelta(seconds=min(self._ahead, default=0.0))
 
@@ -56,5 +66,6 @@ class ServerClock:
         running = wall.timestamp() - trio.current_time()
         if self._running is not None and abs(running - self._running) > JUMP_SECONDS:
             self._ahead.clear()
+            self._since = trio.current_time()
         self._running = running
         return wall

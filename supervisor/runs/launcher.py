@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -128,6 +129,14 @@ class Launcher:
             return Plan(command, False, interpreter)
         warmth = None if again else self.warmth(flows)
         return Plan((str(flows.python), "-m", "prefect.engine"), True, interpreter, warmth)
+
+    async def ready(self, run: FlowRun, job: Job, flows: Flows) -> None:
+        """Waits while a fork server is made from which the run would begin. What is wrong with it, `launch` will say."""
+        with suppress(InterpreterError):
+            plan = await self.plan(job, flows)
+            if plan.warmth is not None and plan.interpreter is not None:
+                env = self._environ(run, job, flows, plan.interpreter, None)
+                await self._warm.ready(plan.warmth, plan.interpreter, env)
 
     async def launch(self, run: FlowRun, job: Job, flows: Flows, plan: Plan, group: RunGroup | None = None) -> Launched:
         """Starts the run's process. Raises `JobError` with a sentence for the run's owner."""

@@ -191,7 +191,7 @@ class Run:
     async def _prepare(self, attempt: int) -> tuple[Job | None, Report | None]:
         """How to start the run, or why it cannot be; meanwhile the server is told that somebody is about to start it.
 
-        Waits for room on the disk, however long, and until it is time.
+        Waits for room on the disk, however long, until it is time, and for the fork server.
         """
         if self.phase != Starting(attempt=attempt):  # an earlier agent may have got as far
             await self._entry.to(Starting(attempt=attempt))
@@ -209,6 +209,7 @@ class Run:
                 return None, _cannot_start(StateType.FAILED, Outcome.FAILED, error)
             failpoint("after job")
         await self._countdown.wait()
+        await self._kit.launcher.ready(self.offer, job, self.work.flows)
         return job, None
 
     async def _say_submitting(self) -> None:

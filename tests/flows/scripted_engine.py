@@ -167,7 +167,7 @@ if __name__ == "__main__":
         case [] | ["-m", "prefect.engine"]:
             Engine().run()
         case ["-c", _question]:
-            print("\nflow-agent:" + json.dumps({"prefect": VERSION, "paths": []}))
+            print("\nflow-agent:" + json.dumps({"prefect": VERSION, "paths": [], "installs": []}))
         case ["-c", program, line]:
             serve_forks(program, line)
         case ["-c", _helper, kind, _message]:

@@ -290,6 +290,9 @@ class Starter:
         await trio.lowlevel.checkpoint()
         return SimpleNamespace(runs_own_hooks=self._world.script.modern, is_engine=True)
 
+    async def ready(self, run: FlowRun, job: Job, flows: Flows) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def launch(self, run: FlowRun, job: Job, flows: Flows, *_: Any) -> Launched:
         self._life.check()
         await trio.sleep(SPAWN)
