@@ -271,9 +271,9 @@ def test_an_engine_that_has_begun_its_hooks_is_left_to_finish_them(
     hooks, trace = tmp_path / "hooks", tmp_path / "trace"
     go = tmp_path / "go"
     run = api.create_run(deployment, {"go": str(go), "hooks": str(hooks), "trace": str(trace)})
-    agent = agent_process(prefect_server, [{"pool": pool}], poll={"cancel_interval_seconds": 3})
+    agent = agent_process(prefect_server, [{"pool": pool}], poll={"cancel_interval_seconds": 3, "push": False})
     wait_until(lambda: lines(trace), 60, "the flow has begun")
-    api.cancel(run)  # which the engine hears when it reports COMPLETED, a moment before the agent asks
+    api.cancel(run)  # which the engine hears when it reports COMPLETED, before the agent asks
     go.touch()
     assert api.wait_for_state(run, "CANCELLED")["state_name"] == "Cancelled"
     assert agent.stop() == 0
