@@ -86,6 +86,27 @@ def seen(server: FaultServer) -> Request:
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
 
+def test_what_time_a_server_says_it_is_stays_known_until_another_answer_says_so() -> None:
+    then = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
+
+    async def body(http: HttpApi, server: FaultServer) -> None:
+        assert http.said is None
+        server.rules.append(on("GET", "/x", Status(200, {"Date": format_datetime(then, usegmt=True)}, 1)))
+        for path, answer in (("/y", Status(200, {}, 1)), ("/z", Status(200, {"Date": "noon"}, 1))):
+            server.rules.append(on("GET", path, answer))
+        before = trio.current_time()
+        await http.get("/x")
+        heard = http.said
+        assert heard is not None
+        assert heard[0] == then
+        assert before <= heard[1] <= trio.current_time()
+        for path in ("/y", "/z"):
+            await http.get(path)
+            assert http.said is heard
+
+    talk(body)
+
+
 @pytest.mark.parametrize(
     ("credentials", "sent"),
     [
