@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.agents import AgentProcess
@@ -57,4 +58,31 @@ def test_runs_are_running_when_they_are_due_and_what_is_withdrawn_before_is_neve
     assert [kind for kind, _ in api.states(cancelled)] == ["SCHEDULED", "CANCELLED"]
     assert {kind for kind, _ in api.states(moved)} == {"SCHEDULED"}
     assert not [run for run in withdrawn if f"({run}): started" in agent.log()]
+    assert agent.stop() == 0
+
+
+# This machine's clock as the agent sees it: an hour ahead of the server's.
+HOUR_AHEAD = """
+import datetime
+from supervisor.runs.clock import ServerClock
+def wall():
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+ServerClock.__init__.__defaults__ = wall, *ServerClock.__init__.__defaults__[1:]
+"""
+
+
+def test_an_agent_whose_clock_is_an_hour_ahead_does_not_begin_runs_an_hour_early(
+    server_3: PrefectServer, api_of: Callable[..., Api], agent_process: StartAgent, tmp_path: Path
+) -> None:
+    api = api_of(server_3)
+    pool = api.create_pool()
+    deployment = api.create_deployment("hello", pool=pool)
+    later = [api.create_run(deployment, due_in=1800) for _ in range(2)]
+    (tmp_path / "sitecustomize.py").write_text(HOUR_AHEAD)
+    settings = {"limit": 2, "log_level": "debug"}
+    agent = agent_process(server_3, [{"pool": pool}], agent=settings, env={"PYTHONPATH": str(tmp_path)})
+    for run in later:
+        wait_until(lambda run=run: f"({run}): due in" in agent.log(), 30, "it is waited for", more=agent.log)  # type: ignore[misc]
+    api.wait_for_state(api.create_run(deployment), "COMPLETED", timeout=90)  # from which it learns the time
+    assert [api.states(run) for run in later] == [[("SCHEDULED", "Scheduled")]] * 2
     assert agent.stop() == 0
