@@ -235,7 +235,7 @@ def test_flows_are_given_nothing_of_the_bundle_and_an_upgrade_under_a_running_ag
     found = json.loads(answer.read_text())
     environs = {**seen_by(spy), "flow": found["environ"]}
     engine = {"cold": "prefectengine", "warm": "forkserver"}[start_mode]
-    for words in ("importjson", engine, "helperruns", "systemctl-listjobs", "flow"):
+    for words in ("importglob", engine, "helperruns", "systemctl-listjobs", "flow"):
         assert any(words in name for name in environs), f"{words}: {sorted(environs)}"
     for name, environ in environs.items():
         suspicious = {key: value for key, value in environ.items() if any(word in key + value for word in FORBIDDEN)}
