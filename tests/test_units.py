@@ -112,7 +112,8 @@ def the_journal_tells_the_story_of_a_run(unit: Unit) -> None:
     run_id = unit.start_run("hello", name="journal")
     unit.finished(run_id)
     name = unit.api.read_run(run_id)["name"]
-    unit.wait_told("exited with code 0", f"FLOW_RUN_ID={run_id}")
+    for last in ("exited with code 0", "Finished in state"):  # the end of its output may be shown after its exit
+        unit.wait_told(last, f"FLOW_RUN_ID={run_id}")
     records = unit.machine.journal("-u", UNIT, f"FLOW_RUN_ID={run_id}")
     told = "\n".join(record["MESSAGE"] for record in records)
     assert "hello journal" in told, told
