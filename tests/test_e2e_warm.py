@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from supervisor.process.warm import PATIENCE_SECONDS
 from tests.agents import RUN_MARK, AgentProcess
 from tests.killsuite import Scene
 from tests.servers import Api, PrefectServer, processes_with
@@ -88,10 +86,10 @@ def test_a_run_that_waits_for_its_fork_server_is_cancelled_at_once(
     agent = agent_process(server_3, [{"pool": pool}], flows=flows)
     run = api.create_run(deployment, {"trace": str(tmp_path / "trace"), "go": str(tmp_path)})
     wait_until(lambda: ("PENDING", "Submitting") in api.states(run), 30, "it is about to be started", more=agent.log)
-    before = time.monotonic()
     api.cancel(run)
     api.wait_for_state(run, "CANCELLED")
-    assert time.monotonic() - before < PATIENCE_SECONDS / 2
-    assert "started, process" not in agent.log()
+    assert (
+        "started, process" not in agent.log()
+    )  # as it would be, cold, once patience with the fork server is at an end
     assert agent.stop() == 0
     assert not agent.fork_servers()

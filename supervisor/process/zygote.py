@@ -141,7 +141,7 @@ def refuse_threads() -> None:
 
 
 def own_files() -> list[str]:
-    """What the next run shall see changes of: the files of modules that are not installed, and folders only we install from."""
+    """What the next run shall see changes of: the files of modules that are not installed, and folders packages are in."""
     found = {place for place in sys.path if re.search("/(site|dist)-packages$", place)}
     for module in list(sys.modules.values()):
         with contextlib.suppress(Exception):  # what stands there need not be a module
